@@ -24,7 +24,20 @@ COVERED_WHOLLY = ("errors.py", "dsn.py", "encryption/*")
 
 LOCK = (
     *("uv", "pip", "compile", "pyproject.toml", "--quiet", "--universal", "--python-version", "3.11"),
-    *("--extra", "aws", "--extra", "cli", "--extra", "embedded", "--extra", "vault"),
+    *(
+        "--extra",
+        "aws",
+        "--extra",
+        "cli",
+        "--extra",
+        "embedded",
+        "--extra",
+        "otel",
+        "--extra",
+        "speed",
+        "--extra",
+        "vault",
+    ),
     *("--generate-hashes", "--no-annotate", "--no-emit-index-url", "--no-emit-find-links"),
     *("--custom-compile-command", "nox -s lock"),
 )

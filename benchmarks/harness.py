@@ -34,7 +34,7 @@ from car_control_plane.embedded import EmbeddedPostgres
 
 ROOT = Path(__file__).resolve().parents[1]
 
-GROUPS = ("bulk", "listing", "memory", "rotation", "sealing", "single", "imports")
+GROUPS = ("bulk", "connecting", "direct", "listing", "memory", "rotation", "sealing", "sessions", "single", "imports")
 PACKAGES = ("sqlmodel", "sqlalchemy", "asyncpg", "pydantic", "cryptography", "advanced-alchemy")
 
 # A server that keeps its promises (fsync and all), but does no work of its own while something is measured.

@@ -9,24 +9,29 @@ Sources: `docs/adr/0006-dsn-goes-to-asyncpg.md`; asyncpg and SQLAlchemy 2.1 as p
 """
 
 import asyncio
+import logging
 import math
+import os
+import random
 import time
 import warnings
-from collections.abc import AsyncGenerator, Coroutine, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, cast
+from uuid import UUID
 
 import asyncpg
 from pydantic import SecretStr
-from sqlalchemy import MetaData, NullPool, QueuePool, Table, event, select
+from sqlalchemy import MetaData, NullPool, Table, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
-from sqlalchemy.pool import ConnectionPoolEntry
 from sqlmodel.ext.asyncio.session import AsyncSession
 
 from car_control_plane import dsn as dsns
+from car_control_plane.dialect import URL
 from car_control_plane.dialing import attempts, dial, none_accepted
 from car_control_plane.dsn import Dsn
 from car_control_plane.embedded import EmbeddedPostgres
@@ -36,15 +41,21 @@ from car_control_plane.errors import (
     ConfigurationError,
     ConnectionUnavailableError,
     ControlPlaneError,
+    DirectConnectionRequiredError,
+    OutcomeUnknownError,
     PermissionDeniedError,
-    PoolTimeoutError,
     SchemaMissingError,
     SchemaOutdatedError,
+    refusal,
     translate,
 )
-from car_control_plane.execution import AsyncReadSession, ReadSession, grants_for
+from car_control_plane.execution import ENDED, AsyncReadSession, Coalescer, ReadSession, grants_for
 from car_control_plane.models import REVISIONS, SCHEMA
+from car_control_plane.pool import DirectPool, PoolStatus, recognise_lost_connections
+from car_control_plane.poolers import Poolers, keep_no_statements, leads_through_pooler
 from car_control_plane.settings import SECRETS, ControlPlaneSettings, conceal, load_settings
+from car_control_plane.telemetry import Activity, Telemetry
+from car_control_plane.units import IsolationLevel, Unit, UnitSession, run_unit
 
 __all__ = [
     "AsyncConnectionManager",
@@ -55,18 +66,11 @@ __all__ = [
     "init_db",
 ]
 
+_log = logging.getLogger("car_control_plane.connection")
+
 DATABASE_NAME = "control_plane"
 
 SchemaState = Literal["current", "behind", "ahead", "missing", "unknown"]
-
-
-@dataclass(frozen=True, slots=True)
-class PoolStatus:
-    """How many connections the pool may hold, holds, and has handed out."""
-
-    limit: int
-    opened: int
-    in_use: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +88,7 @@ class HealthStatus:
         schema: Where `revision` stands against `head`; `unknown` when the server could not be asked.
         pool: The pool's figures at the end of the check.
         error: Why it is not healthy.
+        through_pooler: Whether the connection leads through a connection pooler; None when there was none.
     """
 
     healthy: bool
@@ -94,12 +99,14 @@ class HealthStatus:
     schema: SchemaState
     pool: PoolStatus
     error: ControlPlaneError | None
+    through_pooler: bool | None = None
 
     def __bool__(self) -> bool:
         return self.healthy
 
 
 S = TypeVar("S", bound=AsyncSession)
+T = TypeVar("T")
 
 
 class _DirectSession(AsyncSession):
@@ -141,17 +148,29 @@ class AsyncConnectionManager:
         else:
             self.settings = load_settings(database_url=target, **overrides)
         text = self.settings.require_database_url()
+        secret = self.settings.direct_database_url
+        direct = secret.get_secret_value().strip() if secret is not None else ""
         try:
             self._embedded = EmbeddedPostgres(dsns.embedded_path(text)) if dsns.is_embedded(text) else None
             self._dsn = None if self._embedded else dsns.parse(text)
+            self._direct_dsn = _direct(direct, text) if direct else None
         except ConfigurationError as problem:
             raise problem.with_traceback(None) from None
         finally:
-            del text  # error trackers print the variables of every frame an error passes
+            del text, direct  # error trackers print the variables of every frame an error passes
+        self._poolers = Poolers("none" if self._embedded else self.settings.pooler)
+        self._direct_poolers = Poolers("detect") if self._direct_dsn else self._poolers
+        self.coalescers: dict[tuple[type[Any], str], Coalescer] = {}
+        self._pruned_at = time.monotonic()
         self._starting = asyncio.Lock()
+        self._ending: set[asyncio.Future[None]] = set()
         self._engine: AsyncEngine | None = None
         self._read_engine: AsyncEngine | None = None
         self._closed = False
+        places = (
+            [(host.name or "localhost", host.port) for host in self._dsn.hosts] if self._dsn else [("embedded:", 0)]
+        )
+        self.telemetry = Telemetry(places, self._dsn.database if self._dsn else DATABASE_NAME)
 
     def __repr__(self) -> str:
         where = self._dsn.redacted() if self._dsn else "embedded:"
@@ -173,14 +192,19 @@ class AsyncConnectionManager:
         """Close every connection and stop the embedded server, if there is one. Idempotent; the manager is not reopened.
 
         A connection in use is closed when it is given back. Being cancelled does not cut this short: the cancellation is raised after it.
+
+        Raises:
+            WrongEventLoopError: The manager belongs to another event loop, which still exists; nothing was closed.
         """
+        if self._engine is not None:
+            self._pool_of(self._engine).require_closable()
         self._closed = True
         await _uninterrupted(self._close())
 
     async def _close(self) -> None:
+        self.telemetry.close()
         engine, self._engine, self._read_engine = self._engine, None, None
         if engine is not None:
-            event.listen(engine.pool, "checkin", _drop)  # what is in use now would stay open in a pool nobody has
             await engine.dispose()
         if self._embedded is not None:
             async with self._starting:  # a start under way would outlive its stop
@@ -206,32 +230,54 @@ class AsyncConnectionManager:
         if self._engine is None:
             settings = self.settings
             self._engine = create_async_engine(
-                "postgresql+asyncpg://",  # asyncpg reads the connection string, so nothing in the engine holds a secret
-                async_creator=self.connect,
+                URL,  # asyncpg reads the connection string, so nothing in the engine holds a secret
+                async_creator=self._connect_measured,
                 hide_parameters=True,
+                poolclass=DirectPool,
                 pool_size=settings.pool_size,
                 max_overflow=settings.max_overflow,
                 pool_timeout=settings.pool_timeout_seconds,
                 pool_recycle=settings.pool_recycle_seconds,
-                pool_use_lifo=True,
+                ping_after=settings.pool_ping_after_seconds,
+                ping_timeout=settings.pool_ping_timeout_seconds,
+                on_wait=self.telemetry.waited,
             )
+            recognise_lost_connections(self._engine.sync_engine)
+            self.telemetry.watch(self.pool_status)
+            keep_no_statements(self._engine.sync_engine)
         return self._engine
 
-    def create_engine(self, *, server_settings: Mapping[str, str] | None = None) -> AsyncEngine:
+    @staticmethod
+    def _pool_of(engine: AsyncEngine) -> DirectPool:
+        return cast("DirectPool", engine.pool)
+
+    def create_engine(
+        self, *, server_settings: Mapping[str, str] | None = None, activity: Activity = "app", direct: bool = True
+    ) -> AsyncEngine:
         """Build an engine without a pool and without time limits on statements: for migrations. The caller disposes of it.
+
+        Args:
+            server_settings: As for `connect`.
+            activity: As for `connect`.
+            direct: Whether it connects as `connect_direct` does, or as `connect`.
 
         Raises:
             ClosedError: The manager was closed.
         """
         self._require_open()
+        connect = self.connect_direct if direct else self.connect
 
         async def creator() -> asyncpg.Connection:
-            unlimited = {"statement_timeout": "0", "idle_in_transaction_session_timeout": "0"}
-            return await self.connect(server_settings={**unlimited, **(server_settings or {})}, command_timeout=None)
+            unlimited = {
+                "statement_timeout": "0",
+                "idle_in_transaction_session_timeout": "0",
+                **(server_settings or {}),
+            }
+            return await connect(server_settings=unlimited, command_timeout=None, activity=activity)
 
-        return create_async_engine(
-            "postgresql+asyncpg://", async_creator=creator, hide_parameters=True, poolclass=NullPool
-        )
+        engine = create_async_engine(URL, async_creator=creator, hide_parameters=True, poolclass=NullPool)
+        keep_no_statements(engine.sync_engine)
+        return engine
 
     # --- sessions -----------------------------------------------------------------------------------------------------
 
@@ -248,13 +294,15 @@ class AsyncConnectionManager:
         Raises:
             ClosedError: The manager was closed.
             ConnectionUnavailableError: The server cannot be reached or the connection was lost; as `PoolTimeoutError`, no connection came free.
+            OutcomeUnknownError: The connection was lost during COMMIT: all of it was written, or nothing.
             ControlPlaneError: Whatever the database refused, in the block or at commit, by its own class; nothing was written. Errors that are
                 neither the database's nor ours pass through unchanged.
         """
-        async with self._translated(), self._session(AsyncSession, self.engine) as session:
-            yield session
-            async with self._translated(io=True):
-                await _uninterrupted(session.commit())
+        with self.telemetry.session("write"):
+            async with self._translated(), self._ended(self._session(AsyncSession, self.engine)) as session:
+                yield session
+                async with self._translated(io=True, committing=True):
+                    await _uninterrupted(session.commit())
 
     @asynccontextmanager
     async def get_read_session(self) -> AsyncGenerator[AsyncReadSession]:
@@ -268,8 +316,10 @@ class AsyncConnectionManager:
             AccessDeniedError: An object to write was handed to the session, or a statement writes.
             ConnectionUnavailableError: As for `get_session`.
         """
-        async with self._translated(reading=True), self._session(ReadSession, self._reading()) as session:
-            yield session
+        with self.telemetry.session("read"):
+            ending = self._ended(self._session(ReadSession, self._reading()))
+            async with self._translated(reading=True), ending as session:
+                yield session
 
     def get_session_direct(self) -> AsyncSession:
         """Return a session that the caller commits and must close; prefer `get_session()`.
@@ -287,14 +337,43 @@ class AsyncConnectionManager:
         return self._read_engine
 
     def _session(self, kind: type[S], engine: AsyncEngine) -> S:
-        return kind(engine, expire_on_commit=False, info={"role": self._role})
+        # Whoever keeps a session beyond its block would begin a transaction that nobody ends: it is closed for good.
+        lasting = kind is _DirectSession
+        return kind(engine, expire_on_commit=False, info={"role": self.role}, close_resets_only=lasting)
+
+    @asynccontextmanager
+    async def _ended(self, session: S) -> AsyncGenerator[S]:
+        """End a session with its block: what fails then replaces neither the block's error nor a cancellation, and fails nothing that was done.
+
+        A cancellation does not wait for the end, which goes on in the background.
+
+        Yields:
+            The session.
+        """
+        try:
+            yield session
+        finally:
+            session.info[ENDED] = True
+            ending = asyncio.ensure_future(AsyncSession.close(session))
+            self._ending.add(ending)
+            ending.add_done_callback(self._let_go)
+            with suppress(Exception):  # the pool has heard of it: it is a rollback whose connection is lost
+                await asyncio.shield(ending)
+
+    def _let_go(self, ending: "asyncio.Future[None]") -> None:
+        self._ending.discard(ending)
+        if not ending.cancelled():
+            ending.exception()  # seen
 
     @property
-    def _role(self) -> str | None:
+    def role(self) -> str | None:
+        """The role the server gives us, as far as the connection string says; for hints."""
         return (self._dsn.server_settings.get("role") or self._dsn.user) if self._dsn else None
 
     @asynccontextmanager
-    async def _translated(self, *, io: bool = False, reading: bool = False) -> AsyncGenerator[None]:
+    async def _translated(
+        self, *, io: bool = False, reading: bool = False, committing: bool = False
+    ) -> AsyncGenerator[None]:
         error: ControlPlaneError | None = None
         try:
             yield
@@ -306,9 +385,13 @@ class AsyncConnectionManager:
                     hint="Write in get_session().",
                     details=error.details,
                 )
-            if isinstance(error, PoolTimeoutError) and not error.details:
-                limit = self.settings.pool_size + self.settings.max_overflow
-                error.details = {"limit": limit, "waited_seconds": self.settings.pool_timeout_seconds}
+            # A statement, which the error names, is one of those that were to be written before the COMMIT.
+            if committing and getattr(problem, "statement", None) is None and _leaves_open(problem, error):
+                error = OutcomeUnknownError(
+                    "the connection was lost during COMMIT: all that the block wrote is stored, or nothing of it",
+                    hint="Look before you do it again, or let manager.run() do it, which finds out.",
+                    retryable=False,
+                )
             if error is None or error is problem:
                 raise
         if error is not None:
@@ -317,6 +400,156 @@ class AsyncConnectionManager:
             finally:
                 error.__context__ = None  # the driver's error: the caller's `async with` is still handling it
 
+    # --- units of work ------------------------------------------------------------------------------------------------
+
+    async def run(
+        self,
+        unit: Unit[T],
+        *,
+        operation_id: UUID | str | None = None,
+        deadline: float | None = None,
+        isolation_level: IsolationLevel | None = None,
+    ) -> T:
+        """Run a unit of work in a transaction of its own, and again as a whole until it is committed.
+
+        It is repeated after a serialization failure, a deadlock, or a lost connection, with growing pauses, until the deadline. A COMMIT whose
+        answer was lost is decided by the operation's id, which is stored in the same transaction: what was done is not done twice. So the unit must
+        do everything in its session, and may do it several times. Two round trips more than the unit's own with an `operation_id`, one more without.
+
+        Args:
+            unit: An async function of a session. It neither commits nor rolls back: it returns, or raises.
+            operation_id: The same for every try at the same work, also from another process: once one was committed, the unit is not run, and
+                what it had returned then, a JSON value, is returned. Kept for `operation_retention_seconds`. None: the unit is an operation of its own.
+            deadline: Seconds until it is not begun again; by default the setting.
+            isolation_level: Of the transaction; by default the server's.
+
+        Raises:
+            OutcomeUnknownError: A COMMIT was lost and could not be decided in time; `details["operation_id"]` is what to ask with.
+            ConflictError: Another run with this `operation_id` has not ended in time, or the transaction met others until the deadline.
+            ConnectionUnavailableError: The database was not available until the deadline; nothing was written. As `PoolTimeoutError`, no
+                connection came free: that is not repeated.
+            InvalidDataError: The unit has an `operation_id` and returned what is no JSON value; nothing was written.
+            ConfigurationError: An argument is not acceptable, or the unit ended its own transaction.
+            ControlPlaneError: Whatever else the database refused; nothing was written. What the unit itself raises passes unchanged.
+        """
+        seconds = self.settings.unit_deadline_seconds if deadline is None else deadline
+        with self.telemetry.unit():
+            result = await run_unit(
+                self, unit, operation_id=operation_id, deadline=seconds, isolation_level=isolation_level
+            )
+        await self._prune_now_and_then()
+        return result
+
+    @asynccontextmanager
+    async def unit_session(self) -> AsyncGenerator[UnitSession]:
+        """Give the session of one attempt at a unit of work: for `run`.
+
+        Yields:
+            A session that is rolled back unless it was stored.
+        """
+        with self.telemetry.session("write"):
+            async with self._translated(), self._ended(self._session(UnitSession, self.engine)) as session:
+                yield session
+
+    async def store(self, session: UnitSession) -> None:
+        """Commit an attempt at a unit of work: for `run`.
+
+        Raises:
+            ControlPlaneError: Whatever the database refused.
+        """
+        async with self._translated(io=True):
+            await _uninterrupted(AsyncSession.commit(session))
+
+    def repeating(self, problem: ControlPlaneError) -> None:
+        """Count that a unit of work is run again: for `run`."""
+        self.telemetry.repeated("unit", problem)
+
+    async def prune_operations(self, *, older_than_seconds: float | None = None) -> int:
+        """Forget the ids of operations that were completed long ago, and return how many; `run` does so once an hour.
+
+        Args:
+            older_than_seconds: By default `operation_retention_seconds`.
+
+        Raises:
+            ConfigurationError: It is not a number of seconds above 0.
+            ControlPlaneError: The database does not answer, or does not let this role delete.
+        """
+        seconds = self.settings.operation_retention_seconds if older_than_seconds is None else older_than_seconds
+        if not seconds > 0:
+            raise ConfigurationError("older_than_seconds must be a number of seconds above 0")
+        return len(await self.fetch(_PRUNE, (timedelta(seconds=seconds),), repeat=False))
+
+    async def _prune_now_and_then(self) -> None:
+        if time.monotonic() - self._pruned_at >= _PRUNE_EVERY_SECONDS:
+            self._pruned_at = time.monotonic()
+            with suppress(Exception):  # the unit is done, and its caller has nothing to do with this
+                await self.prune_operations()
+
+    # --- single statements --------------------------------------------------------------------------------------------
+
+    async def fetch(self, sql: str, arguments: Sequence[Any], *, repeat: bool) -> list[asyncpg.Record]:
+        """Run one statement on a connection of the pool, as its own transaction, and return its rows: one round trip.
+
+        Takes the pool's, the connect's and the command's time limit at most, together; with `repeat` `read_retry_seconds` more.
+
+        Args:
+            sql: One statement, its parameters `$1`, `$2`, ...
+            arguments: A value for each.
+            repeat: Whether it only reads: then it is run again, on another connection, when the connection is lost. A write never is.
+
+        Raises:
+            ClosedError: The manager was closed.
+            ConnectionUnavailableError: As for `get_session`.
+            OutcomeUnknownError: The connection was lost under a statement that is not to be repeated: it was done, or it was not.
+            ControlPlaneError: What the database refused, by its own class; nothing was written.
+        """
+        try:
+            return await self._fetch_once(sql, arguments)
+        except _LostError as problem:
+            lost = problem
+        if repeat and not lost.slow:
+            return await self._fetch_again(sql, arguments, lost.error)
+        if lost.sent and not repeat:
+            raise OutcomeUnknownError(
+                "the connection was lost before the answer came: what the statement writes is stored, or it is not",
+                hint="Look before you do it again, or let manager.run() do it, which finds out.",
+                details=lost.error.details,
+                retryable=False,
+            )
+        raise lost.error
+
+    async def _fetch_once(self, sql: str, arguments: Sequence[Any]) -> list[asyncpg.Record]:
+        try:
+            with self.telemetry.statement(sql):
+                return await self._pool_of(self.engine).fetch(sql, arguments)
+        except Exception as problem:
+            error = refusal(problem)
+            if error is None:
+                raise
+            told: Exception = error
+            if isinstance(error, ConnectionUnavailableError):
+                told = _LostError(error, sent=_leaves_open(problem, error), slow=isinstance(problem, TimeoutError))
+        raise told  # outside of the except block: the driver's error, and what it holds, is on no __context__
+
+    async def _fetch_again(self, sql: str, arguments: Sequence[Any], error: ControlPlaneError) -> list[asyncpg.Record]:
+        until = time.monotonic() + self.settings.read_retry_seconds
+        pause = 0.0  # the first time at once: most often one connection was lost, and not the server
+        attempt = 1
+        while time.monotonic() + pause < until:
+            await asyncio.sleep(pause)
+            attempt += 1
+            self.telemetry.repeated("read", error)
+            facts = {"event": "statement.repeated", "attempt": attempt, "error": error.code}
+            _log.info("a read lost its connection and is run again (%s)", error.code, extra=facts)
+            pause = min(max(2 * pause, 0.02), 0.5) * random.uniform(0.5, 1.5)  # noqa: S311 -- so that not all come back at once
+            try:
+                return await self._fetch_once(sql, arguments)
+            except _LostError as problem:
+                error = problem.error
+                if problem.slow:
+                    break
+        raise error.with_traceback(None)
+
     # --- connections --------------------------------------------------------------------------------------------------
 
     async def connect(
@@ -324,46 +557,103 @@ class AsyncConnectionManager:
         *,
         server_settings: Mapping[str, str] | None = None,
         command_timeout: float | Literal["settings"] | None = "settings",
+        activity: Activity = "app",
     ) -> asyncpg.Connection:
         """Open one asyncpg connection outside of the pool; the caller closes it.
 
         Tries the hosts in order, each for at most `connect_timeout_seconds`, until one has the role `target_session_attrs` asks for (with several
-        hosts and nothing asked: one that takes writes).
+        hosts and nothing asked: one that takes writes). Through a connection pooler it serves for statements and transactions; every statement is in a
+        transaction then. What needs a session of the server's own uses `connect_direct`.
 
         Args:
             server_settings: Run-time parameters that win over those of the settings and of the connection string.
             command_timeout: Seconds a statement may take, as asyncpg counts; None is no limit, by default the setting.
+            activity: What it is for: part of the `application_name` that `pg_stat_activity` shows, `NAME/ACTIVITY/PROCESS ID`.
 
         Raises:
             ClosedError: The manager was closed.
             ConfigurationError: User, password, database name or TLS are not what the server accepts, or the server is older than PostgreSQL 12.
             ConnectionUnavailableError: No host accepted the connection in time.
         """
-        dsn = await self._resolve()
+        return await self._connect(await self._resolve(), self._poolers, server_settings, command_timeout, activity)
+
+    async def connect_direct(
+        self,
+        *,
+        server_settings: Mapping[str, str] | None = None,
+        command_timeout: float | Literal["settings"] | None = "settings",
+        activity: Activity = "app",
+    ) -> asyncpg.Connection:
+        """Open one asyncpg connection to the server itself, for session locks, LISTEN and migrations; the caller closes it.
+
+        Follows `direct_database_url` when it is set, and otherwise `database_url`; as `connect` does.
+
+        Args:
+            server_settings: As for `connect`.
+            command_timeout: As for `connect`.
+            activity: As for `connect`.
+
+        Raises:
+            DirectConnectionRequiredError: The connection leads through a connection pooler.
+            ClosedError: The manager was closed.
+            ConfigurationError: As for `connect`.
+            ConnectionUnavailableError: As for `connect`.
+        """
+        dsn = self._direct_dsn or await self._resolve()
+        connection = await self._connect(dsn, self._direct_poolers, server_settings, command_timeout, activity)
+        if leads_through_pooler(connection):
+            connection.terminate()
+            if self._direct_dsn is not None:
+                raise DirectConnectionRequiredError("direct_database_url leads through a connection pooler as well")
+            raise DirectConnectionRequiredError
+        return connection
+
+    async def _connect(
+        self,
+        dsn: Dsn,
+        poolers: Poolers,
+        server_settings: Mapping[str, str] | None,
+        command_timeout: float | Literal["settings"] | None,
+        activity: Activity,
+    ) -> asyncpg.Connection:
+        self._require_open()
+        started = time.perf_counter()
         failures: list[ControlPlaneError] = []
         for attributes, host in attempts(dsn):
             connection, error = await dial(
                 dsn,
                 host,
                 timeout=self.settings.connect_timeout_seconds,
+                poolers=poolers,
                 target_session_attrs=attributes,
                 command_timeout=self.settings.command_timeout_seconds
                 if command_timeout == "settings"
                 else command_timeout,
-                server_settings={**self._server_settings(), **dsn.server_settings, **(server_settings or {})},
+                server_settings={**self._server_settings(activity), **dsn.server_settings, **(server_settings or {})},
             )
+            place = {"host": host.name, "port": host.port}
             if connection is not None:
+                opened = {"event": "connection.opened", **place, "activity": activity}
+                _log.debug("connected", extra={**opened, "seconds": time.perf_counter() - started})
                 return connection
             if not isinstance(error, ConnectionUnavailableError):
                 raise error
             failures.append(error)
+            if len(dsn.hosts) > 1:
+                skipped = {"event": "connection.host_skipped", **place, "error": error.code}
+                _log.info("%s:%s does not take the connection", host.name, host.port, extra=skipped)
         error = none_accepted(failures)
         raise error
 
-    def _server_settings(self) -> dict[str, str]:
+    async def _connect_measured(self) -> asyncpg.Connection:
+        with self.telemetry.connecting():
+            return await self.connect()
+
+    def _server_settings(self, activity: Activity) -> dict[str, str]:
         settings = self.settings
+        suffix = f"/{activity}/{os.getpid()}"
         return {
-            "application_name": settings.application_name,
+            "application_name": settings.application_name[: _MAX_APPLICATION_NAME - len(suffix)] + suffix,
             "TimeZone": "UTC",  # spelt as in a Dsn, so that the one of a connection string wins
             # Pinned, and without our schema: a table is named with its schema or not found. A host application's own model named "tenants",
             # read through our session, must not silently be ours.
@@ -405,9 +695,11 @@ class AsyncConnectionManager:
         version: str | None = None
         revision: str | None = None
         schema: SchemaState = "unknown"
+        through_pooler: bool | None = None
         error: ControlPlaneError | None = None
         try:
             async with self._translated(), self.engine.connect() as connection:
+                through_pooler = leads_through_pooler((await connection.get_raw_connection()).driver_connection)
                 facts: Any = (await connection.exec_driver_sql(_HEALTH)).one()
                 version, has_schema, has_revision = facts
                 if has_revision:
@@ -416,7 +708,7 @@ class AsyncConnectionManager:
         except ControlPlaneError as problem:
             error = problem
             if isinstance(error, PermissionDeniedError):
-                error.hint = grants_for(_VERSION_TABLE, role=self._role)
+                error.hint = grants_for(_VERSION_TABLE, role=self.role)
         except (OSError, SQLAlchemyError) as problem:
             error = translate(problem, io=True) or ControlPlaneError("the server answers with an error of its own")
         return HealthStatus(
@@ -428,6 +720,7 @@ class AsyncConnectionManager:
             schema=schema,
             pool=self.pool_status(),
             error=error,
+            through_pooler=through_pooler,
         )
 
     async def require_schema(self) -> None:
@@ -450,14 +743,19 @@ class AsyncConnectionManager:
 
     def pool_status(self) -> PoolStatus:
         """Return the pool's figures; no I/O."""
-        limit = self.settings.pool_size + self.settings.max_overflow
-        pool = self._engine.pool if self._engine is not None else None
-        if not isinstance(pool, QueuePool):
-            return PoolStatus(limit=limit, opened=0, in_use=0)
-        return PoolStatus(limit=limit, opened=pool.checkedin() + pool.checkedout(), in_use=pool.checkedout())
+        if self._engine is None:
+            return PoolStatus(limit=self.settings.pool_size + self.settings.max_overflow, opened=0, in_use=0)
+        return self._pool_of(self._engine).figures()
 
+
+_MAX_APPLICATION_NAME = 63  # what PostgreSQL keeps
 
 _READ_ONLY = "25006"
+
+_PRUNE_EVERY_SECONDS = 3600.0
+_PRUNE = (
+    "DELETE FROM control_plane.completed_operations WHERE completed_at < now() - $1::interval RETURNING operation_id"
+)
 
 _HEALTH = (
     "SELECT current_setting('server_version'), to_regnamespace('control_plane') IS NOT NULL, "
@@ -502,6 +800,21 @@ async def _uninterrupted(work: Coroutine[Any, Any, None]) -> None:
     await task
 
 
+class _LostError(Exception):
+    """A single statement met no server, or lost its connection: whether it had been sent, and whether it waited in vain."""
+
+    def __init__(self, error: ConnectionUnavailableError, *, sent: bool, slow: bool) -> None:
+        self.error, self.sent, self.slow = error, sent, slow
+
+
+def _leaves_open(problem: Exception, error: ControlPlaneError | None) -> bool:
+    """Whether an error leaves open if what was to be written was: not if it is ours, or the server's that it takes no writes, or nothing was sent."""
+    if not isinstance(error, ConnectionUnavailableError) or error is problem:
+        return False
+    sent = not isinstance(getattr(getattr(problem, "orig", None), "__cause__", problem), asyncpg.InterfaceError)
+    return sent and error.details.get("sqlstate") != _READ_ONLY
+
+
 def _swallowed(problem: Exception) -> ControlPlaneError | None:
     """Say that the block went on after a statement had failed: PostgreSQL refuses everything then, the commit too."""
     if getattr(getattr(problem, "orig", None), "sqlstate", None) != asyncpg.InFailedSQLTransactionError.sqlstate:
@@ -513,8 +826,15 @@ def _swallowed(problem: Exception) -> ControlPlaneError | None:
     )
 
 
-def _drop(_: object, record: ConnectionPoolEntry) -> None:
-    record.invalidate()
+def _direct(direct: str, text: str) -> Dsn:
+    if dsns.is_embedded(text) or dsns.is_embedded(direct):
+        raise ConfigurationError("direct_database_url goes with a server behind a pooler, and not with an embedded one")
+    try:
+        return dsns.parse(direct)
+    except ConfigurationError as problem:
+        raise ConfigurationError(f"direct_database_url: {problem.message}", hint=problem.hint) from None
+    finally:
+        del direct, text  # as in the constructor
 
 
 def _start(embedded: EmbeddedPostgres) -> None:

@@ -20,7 +20,7 @@ import re
 import socket
 import ssl
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from functools import partial
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
@@ -42,6 +42,12 @@ from car_control_plane.errors import (
     InvalidDataError,
     SchemaOutdatedError,
     translate,
+)
+from car_control_plane.poolers import (
+    UNSUPPORTED,
+    FramedConnection,
+    Poolers,
+    startup_settings,
 )
 from car_control_plane.settings import ControlPlaneSettings, TenantConnectionRight
 
@@ -87,11 +93,17 @@ class _Connection(asyncpg.Connection):  # type: ignore[misc]  # asyncpg has no t
         return answer
 
 
+class _FramedConnection(FramedConnection, _Connection):
+    """Both, for a connection through a pooler."""
+
+
 async def dial(
     dsn: Dsn,
     host: Host,
     *,
     timeout: float,  # noqa: ASYNC109 -- what libpq calls connect_timeout
+    poolers: Poolers,
+    server_settings: Mapping[str, str],
     **how: Any,
 ) -> tuple[Any, ControlPlaneError]:
     """Try one host of our own connection string; what it leaves out comes from the environment, as in libpq.
@@ -100,23 +112,89 @@ async def dial(
         dsn: The connection string; its `connect_timeout` wins over `timeout`.
         host: One of its hosts.
         timeout: Seconds until the host must have accepted the connection.
+        poolers: Which hosts lead through a connection pooler, as far as is known; one that is found is noted, and connected to once more.
+        server_settings: Run-time parameters, those of the connection string included; through a pooler they are settings of every transaction.
         **how: Further arguments of `asyncpg.connect`.
 
     Returns:
-        The connection, or None and what went wrong: returned and not raised, for the caller may have more hosts to try. Cancelled, it leaves no
-        connection.
+        The connection, a `FramedConnection` if it leads through a pooler, or None and what went wrong: returned and not raised, for the caller may
+        have more hosts to try. Cancelled, it leaves no connection.
     """
     limit = dsn.connect_timeout_seconds or timeout
-    how["dsn"] = dsn.for_host(host)
+    how["dsn"] = dsn.without_settings().for_host(host)
     if dsn.password is not None:
         how["password"] = dsn.password
     if dsn.system_roots:
         how["ssl"] = True
-    connection, error = await _open(host, limit, how)
+    attempt = _Attempt(host, limit)
+    try:
+        connection, error, pooled = await _plain(attempt, how, server_settings, poolers)
+        if pooled:
+            connection, error = await _framed(attempt, how, server_settings)
+    finally:
+        how.clear()  # it holds the password
+    if connection is not None and pooled:
+        poolers.remember(host)
     if connection is not None and (version := connection.get_server_version()) < MINIMUM_SERVER:
         connection.terminate()
         return None, ConfigurationError(
             f"the server is PostgreSQL {version.major}; the control plane needs PostgreSQL 12 or newer"
+        )
+    return connection, error
+
+
+class _Attempt:
+    """A host, and the time it may take altogether."""
+
+    def __init__(self, host: Host, limit: float) -> None:
+        self.host = host
+        self.limit = limit
+        self.until = asyncio.get_running_loop().time() + limit
+
+    async def open(self, how: dict[str, Any], kind: type[asyncpg.Connection]) -> tuple[Any, ControlPlaneError]:
+        """Connect as `_open` does, in the time that is left; empties `how`, which holds the password."""
+        left = max(self.until - asyncio.get_running_loop().time(), 0.001)
+        how |= {"timeout": left, "connection_class": kind}
+        return await _open(self.host, self.limit, how)
+
+    async def ask(self, connection: Any, question: Awaitable[bool]) -> tuple[Any, ControlPlaneError, bool]:
+        """Ask something of a new connection; if that fails there is none, and its error is returned, as `open` does."""
+        try:
+            async with asyncio.timeout_at(self.until):
+                return connection, ConnectionUnavailableError(), await question
+        except Exception as problem:
+            connection.terminate()
+            return None, _connect_error(problem, self.host, self.limit), False
+        except BaseException:
+            connection.terminate()
+            raise
+
+
+async def _plain(
+    attempt: _Attempt, how: dict[str, Any], settings: Mapping[str, str], poolers: Poolers
+) -> tuple[Any, ControlPlaneError, bool]:
+    """Connect as to a server, and tell whether it is a pooler, to which one connects in another way. Nothing is tried where one is known to be."""
+    if poolers.expect(attempt.host):
+        return None, ConnectionUnavailableError(), True
+    connection, error = await attempt.open(how | {"server_settings": dict(settings)}, _Connection)
+    if not poolers.may_exist:
+        return connection, error, False
+    if connection is None:
+        return None, error, error.details.get("sqlstate") == UNSUPPORTED
+    connection, error, pooled = await attempt.ask(connection, poolers.find(attempt.host, connection))
+    if pooled:
+        connection.terminate()
+        return None, error, True
+    return connection, error, False
+
+
+async def _framed(attempt: _Attempt, how: dict[str, Any], settings: Mapping[str, str]) -> tuple[Any, ControlPlaneError]:
+    """Connect as to a pooler."""
+    more = {"server_settings": startup_settings(settings), "statement_cache_size": 0}
+    connection, error = await attempt.open(how | more, _FramedConnection)
+    if connection is not None:
+        connection, error, _ = await attempt.ask(
+            connection, connection.frame_with(settings, how.get("command_timeout"))
         )
     return connection, error
 
@@ -127,11 +205,7 @@ async def _open(host: Host, limit: float, how: dict[str, Any]) -> tuple[Any, Con
     Empties `how`, which holds the password as well.
     """
     try:
-        connection = await asyncpg.connect(
-            timeout=limit,  # pyright: ignore[reportArgumentType]  # inferred from a default of 60; asyncpg takes floats
-            connection_class=_Connection,
-            **how,
-        )
+        connection = await asyncpg.connect(**({"timeout": limit, "connection_class": _Connection} | how))
     except Exception as problem:  # anything may come out of a connect; each becomes one of ours
         return None, _connect_error(problem, host, limit)
     except BaseException as stop:  # cancelled: asyncpg's frames, and those of an attempt before, go no further
@@ -175,7 +249,7 @@ def tls_version(connection: asyncpg.Connection) -> str | None:
 def _connect_error(problem: Exception, host: Host, limit: float) -> ControlPlaneError:
     """Say what went wrong on one host, in words that hold no secret."""
     where = _where(host)
-    details = {"host": host.name, "port": host.port}
+    details: dict[str, Any] = {"host": host.name, "port": host.port}
     if (tls := _tls_reason(problem, host)) is not None:
         return _tls_error(tls, host)
     known = translate(problem)
@@ -196,9 +270,17 @@ def _connect_error(problem: Exception, host: Host, limit: float) -> ControlPlane
         text = f"{where} did not answer within {limit:g} s"
     elif known is not None:
         text = f"{where} is not available: {known.message}"
+        details = {**known.details, **details}
     else:
         text = f"cannot connect to {where}: {_system_reason(problem)}"
-    return ConnectionUnavailableError(text, details=details)
+    hint = _POOLER_SAYS if details.get("sqlstate") == UNSUPPORTED else None
+    return ConnectionUnavailableError(text, hint=hint, details=details)
+
+
+_POOLER_SAYS: Final = (
+    "PgBouncer says this of a database it does not know, a setting it does not take, and a server it cannot reach: its log has the reason. "
+    "Behind it, leave the setting `pooler` as it is, or set it to transaction."
+)
 
 
 def _tls_error(reason: str, host: Host) -> ConfigurationError:

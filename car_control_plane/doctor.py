@@ -19,7 +19,6 @@ from typing import Any, Final, Literal
 
 import asyncpg
 from pydantic import SecretStr
-from sqlalchemy import Enum
 
 from car_control_plane import dsn as dsns, migrations
 from car_control_plane.connection import AsyncConnectionManager
@@ -30,6 +29,7 @@ from car_control_plane.errors import (
     ConfigurationError,
     ControlPlaneError,
     DecryptionError,
+    DirectConnectionRequiredError,
     MissingExtraError,
     PermissionDeniedError,
     SchemaError,
@@ -38,6 +38,8 @@ from car_control_plane.errors import (
     translate,
 )
 from car_control_plane.models import SCHEMA, SYSTEM_ADMIN_ID, SYSTEM_ADMIN_NAME, metadata
+from car_control_plane.models.base import native_enums
+from car_control_plane.poolers import leads_through_pooler
 from car_control_plane.repositories import EncryptionKeyRepository, EncryptionKeyStore
 from car_control_plane.settings import ControlPlaneSettings, load_settings, unknown_environment
 
@@ -54,7 +56,7 @@ SUPPORTED_YEARS: Final = 5
 
 _SHOWN: Final = 3
 _READ_TABLES: Final = ("change_log", "alembic_version")
-_WRITTEN_TABLES: Final = ("tenants", "tenant_databases", "system_config")
+_WRITTEN_TABLES: Final = ("tenants", "tenant_databases", "system_config", "completed_operations")
 _KEY_TABLE: Final = "encryption_keys"
 _EXTRAS: Final = {"cli": ("typer", "rich"), "embedded": (), "testing": ("pytest", "pytest_asyncio", "testcontainers")}
 
@@ -81,7 +83,7 @@ class Finding:
 async def examine(target: str | SecretStr | ControlPlaneSettings | None = None) -> list[Finding]:
     """Ask every check, in the order of cause and effect; never raises for what is wrong with the control plane.
 
-    At most three connections, closed at the end, and some thirty queries. `embedded:` starts its server, and stops it.
+    At most four connections, closed at the end, and some thirty queries. `embedded:` starts its server, and stops it.
 
     Args:
         target: As for `AsyncConnectionManager`; None reads `DATABASE_URL`.
@@ -208,11 +210,38 @@ async def _reachable(patient: _Patient) -> Finding:
     manager = patient.manager = AsyncConnectionManager(patient.settings)
     await patient.stack.enter_async_context(manager)
     started = time.perf_counter()
-    patient.connection = await manager.connect(server_settings={"search_path": "pg_catalog"})
+    patient.connection = await manager.connect(server_settings={"search_path": "pg_catalog"}, activity="doctor")
     patient.stack.push_async_callback(patient.connection.close)
     milliseconds = (time.perf_counter() - started) * 1000
     role, database = await patient.connection.fetchrow("SELECT current_user, current_database()")
     return _ok(f"connected as {role} to {database} in {milliseconds:.0f} ms")
+
+
+async def _pooler(patient: _Patient) -> Finding:
+    """A pooler without a way around it, and a way around it that leads elsewhere."""
+    behind = leads_through_pooler(patient.connection)
+    if patient.settings.direct_database_url is None:
+        if not behind:
+            return _ok("there is no connection pooler in between")
+        return _warning(
+            "the connection leads through a pooler in transaction mode, and nothing else leads to the server: migrations and the rotation of keys "
+            "are refused",
+            DirectConnectionRequiredError.default_hint,
+        )
+    direct = await patient.manager.connect_direct()
+    try:
+        if await direct.fetch(_WHERE) != await patient.connection.fetch(_WHERE):
+            raise ConfigurationError(
+                "direct_database_url and database_url lead to different databases",
+                hint="Both name the same database of the same server, one through the pooler and one around it.",
+            )
+    finally:
+        await direct.close()
+    way = "leads through a pooler in transaction mode" if behind else "does not lead through a pooler"
+    return _ok(f"the connection {way}; direct_database_url leads to the same database")
+
+
+_WHERE: Final = "SELECT oid, pg_postmaster_start_time() FROM pg_database WHERE datname = current_database()"
 
 
 async def _encryption(patient: _Patient) -> Finding:
@@ -443,12 +472,7 @@ async def _enums(patient: _Patient) -> Finding:
 
 
 def _python_enums() -> Mapping[str, list[str]]:
-    return {
-        str(column.type.name): list(column.type.enums)
-        for table in metadata.tables.values()
-        for column in table.columns
-        if isinstance(column.type, Enum)
-    }
+    return {name: list(enum.enums) for name, enum in native_enums(metadata.tables.values()).items()}
 
 
 _ENUMS: Final = """
@@ -657,6 +681,7 @@ _CHECKS: Final[tuple[tuple[str, Callable[[_Patient], Awaitable[Finding]], str], 
     ("database-url", _connection_string, "settings"),
     ("extras", _extras, ""),
     ("connection", _reachable, "database-url"),
+    ("pooler", _pooler, "connection"),
     ("encryption", _encryption, "connection"),
     ("server", _server_version, "connection"),
     ("writes", _writable, "connection"),

@@ -222,6 +222,10 @@ class Dsn:
         _check("dbname", database)
         return replace(self, database=database)
 
+    def without_settings(self) -> "Dsn":
+        """Return this connection string without its `server_settings`, for who hands them over in another way."""
+        return replace(self, _server_settings=())
+
     def filled(self, other: "Dsn") -> "Dsn":
         """Return this connection string with what it leaves out, but for hosts and ports, taken from another one."""
         missing = {

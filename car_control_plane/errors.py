@@ -4,11 +4,14 @@ The tree (`docs/reference/errors.md` says for each what to do; a test compares t
 
     ControlPlaneError
     ├── ConfigurationError (ValueError)
+    │   └── DirectConnectionRequiredError
     ├── MissingExtraError (ImportError)
     ├── ConnectionUnavailableError
     │   └── PoolTimeoutError (TimeoutError)
+    ├── OutcomeUnknownError
     ├── StatementTimeoutError (TimeoutError)
     ├── ClosedError (RuntimeError)
+    ├── WrongEventLoopError (RuntimeError)
     ├── SchemaError
     │   ├── SchemaMissingError
     │   ├── SchemaOutdatedError
@@ -58,6 +61,7 @@ __all__ = [
     "ConnectionUnavailableError",
     "ControlPlaneError",
     "DecryptionError",
+    "DirectConnectionRequiredError",
     "EncryptionError",
     "FleetMigrationError",
     "InvalidDataError",
@@ -66,6 +70,7 @@ __all__ = [
     "MigrationError",
     "MissingExtraError",
     "NotFoundError",
+    "OutcomeUnknownError",
     "PermissionDeniedError",
     "PoolTimeoutError",
     "ProtectedError",
@@ -80,6 +85,7 @@ __all__ = [
     "TenantNotFoundError",
     "TenantUnavailableError",
     "UnknownKeyError",
+    "WrongEventLoopError",
     "translate",
 ]
 
@@ -140,6 +146,16 @@ class ConfigurationError(ControlPlaneError, ValueError):
     code = "configuration"
 
 
+class DirectConnectionRequiredError(ConfigurationError):
+    """This needs a connection of its own to the server, and there is a connection pooler in between."""
+
+    code = "direct-connection-required"
+    default_hint = (
+        "Set direct_database_url (CAR_CONTROL_PLANE_DIRECT_DATABASE_URL) to a connection string that leads to the server itself: "
+        "docs/how-to/behind-pgbouncer.md."
+    )
+
+
 class MissingExtraError(ControlPlaneError, ImportError):
     """An optional dependency is not installed."""
 
@@ -166,6 +182,17 @@ class PoolTimeoutError(ConnectionUnavailableError, TimeoutError):
     )
 
 
+class OutcomeUnknownError(ControlPlaneError):
+    """The connection was lost during COMMIT, and whether it was done could not be found out in time."""
+
+    code = "outcome-unknown"
+    http_status = 504
+    default_retryable = True
+    default_hint = (
+        'Run the same unit again with details["operation_id"] as operation_id: what was done is not done twice.'
+    )
+
+
 class StatementTimeoutError(ControlPlaneError, TimeoutError):
     """A statement ran longer than it may and was ended; its transaction is rolled back."""
 
@@ -179,6 +206,13 @@ class ClosedError(ControlPlaneError, RuntimeError):
 
     code = "closed"
     default_hint = "A closed manager is not reopened: make a new one."
+
+
+class WrongEventLoopError(ControlPlaneError, RuntimeError):
+    """The connection manager belongs to another event loop: the one that used it first."""
+
+    code = "wrong-event-loop"
+    default_hint = "Make one manager for each event loop (each thread, each asyncio.run), inside of it."
 
 
 class SchemaError(ControlPlaneError):
@@ -377,21 +411,57 @@ def translate(error: BaseException, *, io: bool = False) -> ControlPlaneError | 
     `except` block. Never raises by itself.
 
     Args:
-        error: Anything raised while talking to PostgreSQL. One of ours comes back as it is.
+        error: Anything raised while talking to PostgreSQL. One of ours comes back as it is. One that is neither SQLAlchemy's, nor asyncpg's, nor the
+            system's is its raiser's own, also when it was raised from one of those: it is not translated.
         io: Whether the call did nothing but talk to the server, so that a bare `OSError` or `TimeoutError` means the connection.
 
     Source: PostgreSQL manual, appendix A "PostgreSQL Error Codes"; `docs/reference/errors.md`.
     """
     if isinstance(error, ControlPlaneError):
         return error
+    if type(error).__module__.partition(".")[0] not in _DRIVERS and not isinstance(error, OSError):
+        return None  # somebody's own error, whatever it was raised from
     for link in _chain(error):
         if isinstance(
             link, ControlPlaneError
         ):  # a column's type refused the value, which SQLAlchemy's error has among its parameters
             return link.with_traceback(None)
         if isinstance(state := getattr(link, "sqlstate", None), str):
+            if (
+                type(link).__name__ == "InvalidCachedStatementError"
+            ):  # whose SQLSTATE is that of all that is not supported
+                return ConflictError(
+                    "the schema changed while the transaction was open; nothing was written",
+                    hint="Repeat the whole transaction.",
+                    retryable=True,
+                )
             return _by_sqlstate(state, _constraint(error), error)
     return _by_class(error, io=io)
+
+
+def refusal(error: BaseException) -> ControlPlaneError | None:
+    """Turn what a statement of ours ran into into one of our errors, as `translate` does, and whatever else the server refuses as well.
+
+    Args:
+        error: What was raised while the statement ran.
+
+    Returns:
+        None for what is not the database's, and for a statement in a transaction that has failed before: what failed first tells more.
+    """
+    if (known := translate(error, io=True)) is not None:
+        return known
+    if type(error).__module__.partition(".")[0] in _DRIVERS:
+        for link in _chain(error):
+            state = getattr(link, "sqlstate", None)
+            if isinstance(state, str) and state != _FAILED_BEFORE:
+                return ControlPlaneError(
+                    f"the server refused the statement (SQLSTATE {state})", details={"sqlstate": state}
+                )
+    return None
+
+
+_FAILED_BEFORE = "25P02"
+_DRIVERS = frozenset({"sqlalchemy", "asyncpg"})
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

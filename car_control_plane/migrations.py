@@ -55,6 +55,7 @@ from car_control_plane.errors import (
     translate,
 )
 from car_control_plane.models import SCHEMA, metadata
+from car_control_plane.models.base import native_enums
 from car_control_plane.settings import ControlPlaneSettings
 
 __all__ = [
@@ -198,7 +199,7 @@ async def check(target: Target = None) -> tuple[str, ...]:
     async with _opened(target) as manager:
         await _require_head(manager)
         differences: list[str] = []
-        problem = await _run(manager, lambda connection: differences.extend(_differences(connection)))
+        problem = await _run(manager, lambda connection: differences.extend(_differences(connection)), direct=False)
         if problem is not None:
             raise await _explained(manager, problem)
     return tuple(differences)
@@ -323,13 +324,14 @@ def _run_from_the_command_line(context: Any) -> None:
 
 
 async def _run_on_a_connection_of_its_own(context: Any) -> Exception | None:
-    looking = _locked if _changes_something(context) else _connected
+    changes = _changes_something(context)
+    looking = _locked if changes else _connected
     try:
         async with AsyncConnectionManager() as manager, looking(manager) as connection:
             revision = await _current(connection)
             if not getattr(context.config.cmd_opts, "purge", False):  # the way out of an unknown revision
                 _require_known(revision, _history(context.script))
-            problem = await _run(manager, functools.partial(_run_command, context))
+            problem = await _run(manager, functools.partial(_run_command, context), direct=changes)
             if problem is None or isinstance(problem, util.CommandError):
                 return problem  # Alembic's own words are what its users expect
             return await _explained(manager, problem)
@@ -452,13 +454,14 @@ def _include_name(name: str | None, kind: str, _parents: Mapping[str, Any]) -> b
 
 def _render_item(kind: str, item: Any, context: Any) -> str | Literal[False]:
     """Render types in SQLAlchemy's own words: a revision is history, and must not depend on a type of SQLModel's or ours that moves."""
-    if kind == "type" and isinstance(item, Enum):  # the type itself is made by _add_enum_types
+    if kind != "type":
+        return False
+    stored = item.impl_instance if isinstance(item, TypeDecorator) else item
+    if isinstance(stored, Enum):  # the type itself is made by _add_enum_types
         context.imports.add("from sqlalchemy.dialects import postgresql")
-        labels = "".join(f"{label!r}, " for label in item.enums)
-        return f"postgresql.ENUM({labels}name={item.name!r}, schema={item.schema!r}, create_type=False)"
-    if kind == "type" and isinstance(item, TypeDecorator):
-        return f"sa.{item.impl!r}"
-    return False
+        labels = "".join(f"{label!r}, " for label in stored.enums)
+        return f"postgresql.ENUM({labels}name={stored.name!r}, schema={stored.schema!r}, create_type=False)"
+    return f"sa.{stored!r}" if stored is not item else False
 
 
 def _finish_revision(context: MigrationContext, _revision: Any, directives: list[MigrationScript]) -> None:
@@ -472,8 +475,8 @@ def _add_enum_types(context: MigrationContext, script: MigrationScript) -> None:
     up, down = script.upgrade_ops, script.downgrade_ops
     if context.connection is None or context.as_sql or up is None or down is None:
         return
-    columns = [column for table in context.opts["target_metadata"].tables.values() for column in table.columns]
-    wanted = {str(column.type.name): column.type.enums for column in columns if isinstance(column.type, Enum)}
+    enums = native_enums(context.opts["target_metadata"].tables.values())
+    wanted = {name: enum.enums for name, enum in enums.items()}
     inspector: Any = inspect(context.connection)  # PostgreSQL's, which knows enums
     found = {enum["name"]: enum["labels"] for enum in inspector.get_enums(schema=SCHEMA)}
     for name in sorted(wanted.keys() - found.keys()):
@@ -571,12 +574,16 @@ def _between(before: str | None, after: str | None, line: Sequence[Revision]) ->
     return tuple(revisions[start:end] or reversed(revisions[end:start]))
 
 
-async def _run(manager: AsyncConnectionManager, work: Callable[[Connection], None]) -> Exception | None:
+async def _run(
+    manager: AsyncConnectionManager, work: Callable[[Connection], None], *, direct: bool = True
+) -> Exception | None:
     """Do the work on a connection of its own, and again while a lock cannot be had. Returns what stopped it instead of raising it.
+
+    With `direct` never through a connection pooler: for whatever changes something.
 
     Nothing is in the search path: every name in a migration carries its schema, and one that does not fails.
     """
-    engine = manager.create_engine(server_settings={"search_path": _SEARCH_PATH})
+    engine = manager.create_engine(server_settings={"search_path": _SEARCH_PATH}, activity="migrate", direct=direct)
     deadline = time.monotonic() + manager.settings.migration_lock_timeout_seconds
     try:
         while True:
@@ -642,13 +649,14 @@ async def _opened(target: Target) -> AsyncIterator[AsyncConnectionManager]:
 
 @asynccontextmanager
 async def _connected(
-    manager: AsyncConnectionManager, missing_grant: str | None = None
+    manager: AsyncConnectionManager, missing_grant: str | None = None, *, direct: bool = False
 ) -> AsyncIterator[asyncpg.Connection]:
     """Give a connection for looking around; what goes wrong on it is raised as one of ours.
 
     Args:
         manager: Where to connect.
         missing_grant: The question whose answer is the hint when permission is denied; by default `_TO_READ`.
+        direct: Whether it must be a session of the server's own.
 
     Yields:
         A connection with nothing in its search path.
@@ -657,7 +665,8 @@ async def _connected(
         ControlPlaneError: Whatever the server refuses.
     """
     problem: ControlPlaneError | None = None
-    connection = await manager.connect(server_settings={"search_path": _SEARCH_PATH})
+    connect = manager.connect_direct if direct else manager.connect
+    connection = await connect(server_settings={"search_path": _SEARCH_PATH}, activity="migrate")
     try:
         yield connection
     except ControlPlaneError:
@@ -692,7 +701,7 @@ async def _locked(manager: AsyncConnectionManager) -> AsyncIterator[asyncpg.Conn
         ConflictError: The other one did not end in time.
     """
     deadline = time.monotonic() + manager.settings.migration_lock_timeout_seconds
-    async with _connected(manager, _TO_MIGRATE) as connection:
+    async with _connected(manager, _TO_MIGRATE, direct=True) as connection:
         while not await connection.fetchval("SELECT pg_try_advisory_lock($1)", _LOCK_KEY):
             if time.monotonic() >= deadline:
                 raise ConflictError(**_somebody_else(await connection.fetchrow(_LOCK_HOLDER, _LOCK_KEY)))

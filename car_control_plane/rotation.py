@@ -242,7 +242,8 @@ class _Turn:
             delay = next(delays, None) if _may_pass(problem) else None
             if delay is None:
                 raise problem
-            _log.warning("rotation: %s; trying again", problem.message)
+            facts = {"event": "rotation.repeated", "error": problem.code}
+            _log.warning("rotation: %s; trying again", problem.message, extra=facts)
             if isinstance(problem, ConnectionUnavailableError):
                 await self.drop()
             await asyncio.sleep(delay)
@@ -269,7 +270,9 @@ class _Turn:
         return None, problem
 
     async def _claim(self) -> asyncpg.Connection:
-        connection = await self._manager.connect(server_settings=_LIMITS, command_timeout=_ANSWER_SECONDS)
+        connection = await self._manager.connect_direct(
+            server_settings=_LIMITS, command_timeout=_ANSWER_SECONDS, activity="rotate"
+        )
         try:
             if await connection.fetchval(_TRY_LOCK, _LOCK_KEY):
                 await connection.execute(_KEEP_IDLE_SESSION)

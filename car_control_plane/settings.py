@@ -48,8 +48,17 @@ class ControlPlaneSettings(BaseSettings):
     """Connection string of the control plane's database: any form libpq takes, or `embedded:` (a temporary server), or `embedded:PATH`
     (a server that keeps its data in PATH). Recommended for anything but loopback: `?sslmode=verify-full`."""
 
+    direct_database_url: SecretStr | None = None
+    """Behind a connection pooler: connection string of the same database that leads to the server itself. Migrations, the rotation of keys and
+    whatever else needs a session of its own connect there."""
+
+    pooler: Literal["detect", "none", "transaction"] = "detect"
+    """Whether `database_url` leads through a connection pooler in transaction mode. `detect` asks a new connection once a minute, one round trip;
+    `none` trusts that it does not; `transaction` is for a pooler that cannot be told from a server."""
+
     application_name: str = Field(default="car-control-plane", pattern="^[ -~]{1,63}$")
-    """What `pg_stat_activity` shows for our connections: up to 63 printable ASCII characters, more of which PostgreSQL does not keep."""
+    """How our connections begin their name in `pg_stat_activity`: printable ASCII characters. `/`, what the connection is for, `/` and the process
+    id follow; of the 63 characters PostgreSQL keeps, these have precedence. An `application_name` in the connection string is taken as it is."""
 
     pool_size: int = Field(default=5, ge=1, le=1000)
     """Connections kept open, at most."""
@@ -62,6 +71,15 @@ class ControlPlaneSettings(BaseSettings):
 
     pool_recycle_seconds: float = Field(default=1800.0, gt=0)
     """Connections older than this are replaced when next used."""
+
+    pool_ping_after_seconds: float = Field(default=0.5, ge=0)
+    """A connection idle for longer than this is asked whether it is alive before it is used; 0 asks always, which costs about a quarter."""
+
+    pool_ping_timeout_seconds: float = Field(default=1.0, gt=0, le=3600)
+    """How long its answer may take. If there is none, the network has lost the connection, and all others of the pool are replaced as well."""
+
+    read_retry_seconds: float = Field(default=5.0, ge=0, le=3600)
+    """For how long a repository bound to the manager repeats a read whose connection is lost, before `ConnectionUnavailableError`; 0 is never."""
 
     connect_timeout_seconds: float = Field(default=3.0, gt=0, le=3600)
     """How long one host may take to accept a connection; `connect_timeout` in the connection string wins."""
@@ -78,6 +96,12 @@ class ControlPlaneSettings(BaseSettings):
 
     idle_in_transaction_timeout_seconds: float = Field(default=30.0, ge=0, le=_MAX_SERVER_SECONDS)
     """After how long without a statement the server ends an open transaction; 0 is never."""
+
+    unit_deadline_seconds: float = Field(default=30.0, gt=0, le=3600)
+    """For how long `run` repeats a unit of work; its last attempt may end later, by the limits of its calls."""
+
+    operation_retention_seconds: float = Field(default=604_800.0, ge=3600, le=315_360_000)
+    """For how long the ids of completed operations are kept: within that time a unit with the same id is not done twice."""
 
     migration_lock_timeout_seconds: float = Field(default=600.0, gt=0)
     """How long a migration waits for another process that is migrating the same database."""
@@ -176,7 +200,7 @@ def load_settings(**overrides: Any) -> ControlPlaneSettings:
     raise refusal  # outside of the except block: the first error, which holds what was read, is no context of it
 
 
-SECRETS = frozenset({"database_url", "encryption_keys"})
+SECRETS = frozenset({"database_url", "direct_database_url", "encryption_keys"})
 """The settings that hold secrets."""
 
 

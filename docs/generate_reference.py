@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 from pydantic_core import PydanticUndefined
-from sqlalchemy import CheckConstraint, Column, Enum, ForeignKeyConstraint, Table, UniqueConstraint
+from sqlalchemy import CheckConstraint, Column, ForeignKeyConstraint, Table, UniqueConstraint
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.schema import CreateIndex
 
@@ -30,7 +30,9 @@ from car_control_plane.models import (
     Tenant,
     TenantDatabase,
 )
+from car_control_plane.models.base import native_enums
 from car_control_plane.settings import PREFIX, ControlPlaneSettings
+from car_control_plane.telemetry import ACTIVITIES, EVENTS, METRICS
 
 REFERENCE = Path(__file__).parent / "reference"
 GENERATED = "<!-- Written by docs/generate_reference.py; `nox -s reference` writes it again. -->\n"
@@ -98,6 +100,7 @@ def bound(limit: Any) -> str:
 REMEDIES = {
     "ControlPlaneError": "The base of all. Catch it where you answer your own caller: `code`, `http_status`, `hint` and `details` are what to answer with.",
     "ConfigurationError": "Correct the setting or the connection string the message names. Nothing was connected.",
+    "DirectConnectionRequiredError": "Set `direct_database_url`: [Work behind PgBouncer](../how-to/behind-pgbouncer.md). Nothing was done.",
     "MissingExtraError": 'Install the extra the hint names, `pip install "car-control-plane[cli]"` for example.',
     "ConnectionUnavailableError": "Try again later, with a growing pause. Whether a commit that was under way happened is not known.",
     "PoolTimeoutError": "More sessions are open than the pool holds. The usual cause is a session held across a slow call, or opened inside another.",
@@ -122,6 +125,8 @@ REMEDIES = {
     "TenantUnavailableError": "The tenant is not active.",
     "EncryptionError": "The base of the errors about sealed connection strings.",
     "KeyUnavailableError": "Wait for the service that keeps the keys, or read the message: it may refuse. Keys in use go on opening for `encryption_outage_seconds`.",
+    "OutcomeUnknownError": "Keep the operation id of the error, and run the same unit with it when the database is back.",
+    "WrongEventLoopError": "Do not share a manager between threads, or between two runs of `asyncio.run`: make one inside each.",
     "UnknownKeyError": "Give the process the key the message names.",
     "DecryptionError": "Restore the value from a backup.",
     "ProvisioningError": "`details` says how far it came.",
@@ -243,11 +248,10 @@ def schema() -> Lines:
         yield from table(["Constraint or index", "Definition"], [*rules(each)])
     yield "## Enumerations"
     yield ""
-    columns = [column for each in Model.metadata.tables.values() for column in each.columns]
-    enums = {str(one.type.name): one.type.enums for one in columns if isinstance(one.type, Enum)}
+    enums = native_enums(Model.metadata.tables.values())
     yield from table(
         ["Type", "Values"],
-        [[f"`{name}`", ", ".join(f"`{v}`" for v in values)] for name, values in sorted(enums.items())],
+        [[f"`{name}`", ", ".join(f"`{v}`" for v in enum.enums)] for name, enum in sorted(enums.items())],
     )
 
 
@@ -358,11 +362,66 @@ def parameter_row(parameter: Any, context: Any) -> list[str]:
     return [f"`{record[0]}`", record[1]] if record else []
 
 
+def telemetry_page() -> Lines:
+    """Write the metrics, the log records, and how connections are named."""
+    yield "# Telemetry"
+    yield ""
+    yield "What operators see, and where. Names on this page stay what they are; what changes is in the changelog."
+    yield ""
+    yield "## Metrics"
+    yield ""
+    yield "Exported by OpenTelemetry when its API is installed (`pip install car-control-plane[otel]`) and the application has set up its SDK, before or after the manager was made. Without it nothing is"
+    yield "imported or measured. The meter is called `car_control_plane`."
+    yield ""
+    yield from table(
+        ["Metric", "Instrument", "Unit", "What it counts", "Attributes"],
+        [
+            [f"`{one.name}`", one.kind, f"`{one.unit}`", one.text, ", ".join(f"`{key}`" for key in one.attributes)]
+            for one in METRICS
+        ],
+    )
+    yield "Names that begin with `db.client` follow OpenTelemetry's conventions for database clients (1.45), where `db.client.operation.duration` is stable and those about connections are still"
+    yield "in development. `db.namespace` is the database the connection string names. `server.address` is left out when there are several hosts; `server.port` when it is 5432."
+    yield "`db.client.connection.pool.name` is `HOST:PORT/DATABASE`, with several hosts all of them, and managers of one process that share it are added up. `error.type` is the SQLSTATE, which is in"
+    yield "`db.response.status_code` too, or the name of the error's class. No attribute holds a tenant, a user, a parameter or SQL."
+    yield ""
+    yield "An instrument that is *observed* costs nothing until somebody collects it. The others add half a microsecond to a call, and about ten when an SDK takes the figures."
+    yield ""
+    yield "There are no spans. Those of `opentelemetry-instrumentation-sqlalchemy` and `-asyncpg` work with sessions and statements as they do everywhere."
+    yield ""
+    yield "## Log records"
+    yield ""
+    yield "By the standard library's `logging`, below `car_control_plane`. `event` and the further attributes of a record are stable, its text is not."
+    yield ""
+    yield from table(
+        ["`event`", "Logger", "Level", "Further attributes", "When"],
+        [
+            [
+                f"`{one.name}`",
+                f"`{one.logger}`",
+                one.level,
+                ", ".join(f"`{key}`" for key in one.keys),
+                one.text,
+            ]
+            for one in EVENTS
+        ],
+    )
+    yield "`error` is the `code` of one of [our errors](errors.md), or the name of a class. SQLAlchemy's own loggers are as they always are; parameters are hidden in them."
+    yield ""
+    yield "## Names of connections"
+    yield ""
+    yield "`pg_stat_activity` shows each connection's `application_name` as `car-control-plane/ACTIVITY/PROCESS`: the [setting](settings.md) `application_name`, what the connection is for, and the id of the"
+    yield "process. Of the 63 characters PostgreSQL keeps, the last two come first. An `application_name` in the connection string is taken as it is."
+    yield ""
+    yield from table(["Activity", "What for"], [[f"`{name}`", text] for name, text in ACTIVITIES.items()])
+
+
 PAGES: dict[str, Callable[[], Lines]] = {
     "cli.md": commands,
     "errors.md": errors_page,
     "schema.md": schema,
     "settings.md": settings,
+    "telemetry.md": telemetry_page,
 }
 
 

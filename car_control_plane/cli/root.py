@@ -105,7 +105,8 @@ async def health(cli: Cli) -> None:
 def _sentence(status: "library.HealthStatus") -> str:
     if status.server_version is None:
         return "Not healthy."
-    answer = f"PostgreSQL {status.server_version} answered in {status.latency_seconds * 1000:.0f} ms"
+    way = " through a connection pooler" if status.through_pooler else ""
+    answer = f"PostgreSQL {status.server_version} answered{way} in {status.latency_seconds * 1000:.0f} ms"
     if not status.healthy:
         return f"Not healthy: {answer}, but the schema is {status.schema}."
     head = "" if status.schema == "current" else f", {status.schema} of {status.head}"

@@ -344,12 +344,16 @@ class _Question(Generic[T]):
         self._asking = None
         if failure is None:
             if self.failure is not None:
-                _log.info("keys (%s): the source answers again", self._provider.name)
+                facts = {"event": "keys.confirmed", "provider": self._provider.name}
+                _log.info("keys (%s): the source answers again", self._provider.name, extra=facts)
             self.answer, self.failure, self._answered_at = asking.result(), None, self._asked_at
             return
         if self.failure is None and self.answer is not None:
             _log.warning(
-                "keys (%s) cannot be confirmed, opening goes on for a while: %s", self._provider.name, failure.message
+                "keys (%s) cannot be confirmed, opening goes on for a while: %s",
+                self._provider.name,
+                failure.message,
+                extra={"event": "keys.unconfirmed", "provider": self._provider.name, "error": failure.kind.code},
             )
         self.failure, self._failed_at = failure, _now()
         if failure.kind is UnknownKeyError:

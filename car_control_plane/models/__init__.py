@@ -14,6 +14,7 @@ from car_control_plane.models.databases import (
     TenantDatabaseUpdate,
 )
 from car_control_plane.models.keys import EncryptionKey, EncryptionKeyPublic
+from car_control_plane.models.operations import CompletedOperation
 from car_control_plane.models.tenants import (
     SYSTEM_ADMIN_ID,
     SYSTEM_ADMIN_NAME,
@@ -37,6 +38,7 @@ __all__ = [
     "ChangeLogEntry",
     "ChangeLogEntryPublic",
     "ChangeOperation",
+    "CompletedOperation",
     "EncryptionKey",
     "EncryptionKeyPublic",
     "Model",

@@ -17,10 +17,12 @@ import os
 import time
 import unicodedata
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from enum import StrEnum
 from typing import Annotated, Any, ClassVar, Self
 
 import pydantic
+import sqlalchemy
 from pydantic import (
     MISSING,
     AfterValidator,
@@ -31,16 +33,48 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
-from sqlalchemy import BigInteger, Column, Enum, FetchedValue, MetaData, event, func
+from sqlalchemy import (
+    BigInteger,
+    BindParameter,
+    Column,
+    ColumnClause,
+    ColumnElement,
+    CompoundSelect,
+    Dialect,
+    Enum,
+    FetchedValue,
+    Label,
+    MetaData,
+    Select,
+    Table,
+    TextClause,
+    TypeDecorator,
+    cast,
+    event,
+    func,
+    type_coerce,
+)
+from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import declared_attr, registry
 from sqlalchemy.orm.attributes import get_history, instance_dict, set_attribute, set_committed_value
+from sqlalchemy.sql import visitors
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.visitors import Visitable
+from sqlalchemy.types import TypeEngine, UserDefinedType
 from sqlmodel import Field, SQLModel
 from sqlmodel._compat import finish_init  # private, guarded by a test: tells when an empty shell is being built
+
+from car_control_plane.errors import SchemaOutdatedError
 
 SCHEMA = "control_plane"
 """The PostgreSQL schema that holds every object of the control plane."""
 
-REVISIONS = ("001_control_plane_schema", "002_seed_data", "003_sealed_connection_strings")
+REVISIONS = (
+    "001_control_plane_schema",
+    "002_seed_data",
+    "003_sealed_connection_strings",
+    "004_completed_operations",
+)
 """The Alembic revisions this version of the library knows, oldest first; the last one is the head it needs."""
 
 NAMING = {
@@ -75,7 +109,13 @@ def check_text(value: str) -> str:
     Raises:
         ValueError: The text holds a control character (NUL, a line break, a bidirectional override) or a lone surrogate. NUL and surrogates
             PostgreSQL cannot store; the others make two different names look alike in a log or a terminal.
+        TypeError: It is no text.
     """
+    if not isinstance(value, str):
+        msg = "must be text"
+        raise TypeError(msg)
+    if value.isascii() and value.isprintable():  # most often, and forty times as fast
+        return value
     for character in value:
         if unicodedata.category(character) in {"Cc", "Cs", "Zl", "Zp"} or character in _BIDI_CONTROLS:
             msg = f"must not contain control characters (found U+{ord(character):04X})"
@@ -106,9 +146,141 @@ Text = Annotated[str, AfterValidator(check_text)]
 """Text without control characters, Unicode NFC."""
 
 
-def enum_type(cls: type, name: str) -> Enum:
+class _Label(UserDefinedType[Any]):
+    """A label on its way to the server: `$1::TEXT::the_type`, which is text to the driver.
+
+    Rendered as the parameter's own cast. Wrapped around the parameter, SQLAlchemy would break it where `IN` has no values.
+    """
+
+    cache_ok = True
+    render_bind_cast = True
+
+    def __init__(self, enum: Enum) -> None:
+        self.enum = enum
+
+    def get_col_spec(self, **_: Any) -> str:
+        """Return what follows `$1::`."""
+        return f"TEXT::{self.enum.schema}.{self.enum.name}"
+
+    def bind_processor(self, dialect: Dialect) -> Any:
+        return self.enum.bind_processor(dialect)  # type: ignore[no-untyped-call]  # SQLAlchemy leaves its types out here
+
+    def literal_processor(self, dialect: Dialect) -> Any:
+        return self.enum.literal_processor(dialect)  # type: ignore[no-untyped-call]  # as above
+
+
+class _LabelOf(ColumnElement[Any]):
+    """A column of an enum among those a statement returns."""
+
+    inherit_cache = False  # made while a statement is compiled, never part of one
+
+    def __init__(self, column: ColumnElement[Any], kind: TypeEngine[Any]) -> None:
+        self.column = column
+        self.type = kind
+
+
+@compiles(_LabelOf)
+def _compile_label_of(element: _LabelOf, compiler: SQLCompiler, **how: Any) -> str:
+    """Read the column as text, unless what is returned decides the order of rows: labels sort as declared, text by the alphabet."""
+    if _sorts_by_its_columns(compiler):
+        return compiler.process(element.column, **how)
+    return compiler.process(cast(element.column, sqlalchemy.Text()), **how)
+
+
+def _sorts_by_its_columns(compiler: SQLCompiler) -> bool:
+    if any(isinstance(entry.get("selectable"), CompoundSelect) for entry in compiler.stack):
+        return True
+    select = compiler.stack[-1].get("selectable")
+    if not isinstance(select, Select):
+        return False
+    # Private, guarded by tests. SELECT DISTINCT sorts by nothing but what it returns.
+    return select._distinct or any(map(_may_name_a_column, visitors.iterate(select._order_by_clause)))
+
+
+def _may_name_a_column(element: Visitable) -> bool:
+    """Tell whether a part of ORDER BY may mean a column of the result: a label, a name without a table, SQL as text."""
+    if isinstance(element, ColumnClause):
+        return element.table is None
+    return isinstance(element, Label | TextClause) or element.__visit_name__ == "textual_label_reference"
+
+
+class _Members(dict[str | None, StrEnum | None]):
+    """The members of an enum by label."""
+
+    def __init__(self, kind: "NativeEnum") -> None:
+        self._kind = kind
+
+    def __missing__(self, label: str | None) -> StrEnum:
+        name = self._kind.name
+        columns = [
+            f"{table.name}.{column.name}"
+            for table in metadata.tables.values()
+            for column in table.columns
+            if getattr(column.type, "name", None) == name
+        ]
+        column = " or ".join(columns) or f"of the type {name}"
+        raise SchemaOutdatedError(
+            f"the column {column} holds a label that this version of the library does not know",
+            hint="The schema is newer than the code: upgrade the library.",
+            details={"column": column},
+        )
+
+
+class NativeEnum(TypeDecorator[Any]):
+    """A native PostgreSQL enum that holds the values of a `StrEnum`, and that the driver knows as text.
+
+    Asyncpg does not know the types a database defines itself, and each new connection would ask the server about them before the first
+    statement: four round trips. So they are read as `CAST(column AS text)` and sent as `$1::text::the_type`. Tables, filters,
+    indexes and order are those of the enum.
+
+    Source: `docs/adr/0021-enums-travel-as-text.md`.
+    """
+
+    impl = Enum
+    cache_ok = True
+
+    def __init__(self, kind: type[StrEnum], name: str) -> None:
+        super().__init__(kind, name=name, schema=SCHEMA, metadata=metadata, values_callable=_values)
+        self.kind = kind
+        self.name = name
+
+    @property
+    def enum(self) -> Enum:
+        """SQLAlchemy's own type: its labels, and its name in the database."""
+        enum = self.impl_instance
+        assert isinstance(enum, Enum)  # noqa: S101 -- what `impl` says
+        return enum
+
+    def bind_expression(self, bindparam: BindParameter[Any]) -> ColumnElement[Any]:
+        """Send a label as text."""
+        return type_coerce(bindparam, _Label(self.enum))
+
+    def column_expression(self, column: ColumnElement[Any]) -> ColumnElement[Any]:
+        """Read a label as text."""
+        return _LabelOf(column, self)
+
+    def result_processor(self, dialect: Dialect, coltype: Any) -> Any:
+        """Return what finds the member of a label by one look-up, and refuses a label that is newer than the code."""
+        members = _Members(self)
+        members[None] = None
+        members.update(zip(_values(self.kind), self.kind, strict=True))
+        return members.__getitem__
+
+
+def _values(kind: type[StrEnum]) -> list[str]:
+    return [member.value for member in kind]
+
+
+def enum_type(kind: type[StrEnum], name: str) -> NativeEnum:
     """Return the column type of a native PostgreSQL enum that stores values, not member names."""
-    return Enum(cls, name=name, schema=SCHEMA, metadata=metadata, values_callable=lambda kind: [m.value for m in kind])
+    return NativeEnum(kind, name)
+
+
+def native_enums(tables: Iterable[Table]) -> dict[str, Enum]:
+    """Return the enum types the tables use, by name."""
+    types = [column.type for table in tables for column in table.columns]
+    enums = [kind.impl_instance if isinstance(kind, TypeDecorator) else kind for kind in types]
+    return {str(enum.name): enum for enum in enums if isinstance(enum, Enum)}
 
 
 _SERVER_FILLED = frozenset({"created_at", "updated_at", "version"})

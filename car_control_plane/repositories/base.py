@@ -3,25 +3,28 @@
 import base64
 import struct
 import uuid
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from pydantic import BaseModel, ValidationError
 from sqlalchemy import ColumnElement, DateTime, Uuid, literal, tuple_
+from sqlmodel import SQLModel
 from sqlmodel.ext.asyncio.session import AsyncSession
 from sqlmodel.sql.expression import SelectOfScalar
 
-from car_control_plane.errors import InvalidDataError, StaleWriteError
-from car_control_plane.execution import AsyncReadSession, SessionExecutor
+from car_control_plane.errors import ConfigurationError, InvalidDataError, StaleWriteError
+from car_control_plane.execution import AsyncReadSession, DirectExecutor, Door, Executor, SessionExecutor, many_by
 from car_control_plane.models.base import check_text
 
 T = TypeVar("T")
 B = TypeVar("B", bound=BaseModel)
 R = TypeVar("R")
 E = TypeVar("E", bound=StrEnum)
+K = TypeVar("K")
+M = TypeVar("M", bound=SQLModel)
 
 MAX_PAGE = 500
 """The largest page; `stream` is for more."""
@@ -50,13 +53,37 @@ class Page(Generic[T]):
 
 
 class Repository:
-    """Takes part in a session: its verbs run in the session's transaction, see its rows and use its identity map. None of them commits.
+    """Runs its verbs in a session, or on a manager.
 
-    Not for use by two tasks at once, as the session is not.
+    In a session they run in its transaction, see its rows and use its identity map; none of them commits. Not for use by two tasks at once, as the
+    session is not.
+
+    On a manager each verb is a transaction of its own, stored when it returns, and rows are detached instances. For any number of tasks. Reads are
+    repeated when their connection is lost; a write whose connection is lost may have been done, as its error says.
+
+    Args:
+        where: A session, or a manager.
+
+    Raises:
+        ConfigurationError: It is neither.
     """
 
-    def __init__(self, session: AsyncSession | AsyncReadSession) -> None:
-        self._executor = SessionExecutor(session)
+    def __init__(self, where: AsyncSession | AsyncReadSession | Door) -> None:
+        self._executor: Executor
+        if isinstance(where, AsyncSession):
+            self._executor = SessionExecutor(where)
+        elif hasattr(where, "fetch") and hasattr(where, "coalescers"):
+            self._executor = DirectExecutor(cast("Door", where))
+        else:
+            raise ConfigurationError(f"a repository needs a session or a manager, and not {type(where).__name__}")
+
+    async def _many(self, model: type[M], column: str, keys: Collection[K]) -> dict[K, M]:
+        """Return the rows with these keys by key; one query however many."""
+        if not keys:
+            return {}
+        place: Any = model, column
+        rows: list[M] = await self._executor.all(many_by(*place), {"keys": list(keys)})
+        return {getattr(row, column): row for row in rows}
 
     async def _page(
         self, statement: SelectOfScalar[R], order: tuple[Any, Any], *, limit: int, after: str | None

@@ -1,14 +1,17 @@
 """System configuration: JSON values by key, with compare-and-set."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterable
 from typing import Any, Final
 
 from pydantic import JsonValue
-from sqlalchemy import ColumnElement, delete, update
+from sqlalchemy import BindParameter, bindparam, delete, update
 from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm import FromStatement
 from sqlmodel import col, select
 
 from car_control_plane.errors import ConfigKeyNotFoundError, ControlPlaneError
+from car_control_plane.execution import Statement
 from car_control_plane.models import SystemConfig, SystemConfigCreate
 from car_control_plane.repositories.base import (
     Page,
@@ -63,6 +66,15 @@ class SystemConfigRepository(Repository):
             raise error
         return entry
 
+    async def get_many(self, keys: Iterable[str]) -> dict[str, JsonValue]:
+        """Return the values of these keys by key; keys that there are not are left out. One query however many keys.
+
+        Raises:
+            InvalidDataError: No key can be spelt like one of them.
+        """
+        entries = await self._many(SystemConfig, "key", {normal_text(key, "the key") for key in keys})
+        return {key: entry.value for key, entry in entries.items()}
+
     async def list(self, *, prefix: str = "", limit: int = 50, after: str | None = None) -> Page[SystemConfig]:
         """Return one page of the keys that begin with `prefix`, in byte order of the key.
 
@@ -99,18 +111,9 @@ class SystemConfigRepository(Repository):
         """
         new = validated(SystemConfigCreate, {"key": key, "value": value})
         expected = check_version(expected_version)
-        statement: Any
-        if expected:
-            statement = update(SystemConfig).where(*_identity(new.key, expected)).values(value=new.value)
-        else:
-            statement = insert(SystemConfig).values(key=new.key, value=new.value)
-            if expected == ABSENT and expected is not None:
-                statement = statement.on_conflict_do_nothing()
-            else:
-                statement = statement.on_conflict_do_update(
-                    index_elements=[col(SystemConfig.key)], set_={"value": statement.excluded.value}
-                )
-        entry: SystemConfig | None = await self._executor.one_or_none(statement.returning(SystemConfig))
+        statement = _set_statement(expected if expected is None else min(expected, 1))
+        params = {"wanted": new.key, "new_value": new.value} | ({"expected_version": expected} if expected else {})
+        entry: SystemConfig | None = await self._executor.one_or_none(statement, params)
         if entry is None:
             raise await self._refusal(new.key, expected or ABSENT)
         return entry
@@ -123,8 +126,9 @@ class SystemConfigRepository(Repository):
             StaleWriteError: The key is not at `expected_version`.
         """
         wanted = normal_text(key, "the key")
-        statement = delete(SystemConfig).where(*_identity(wanted, check_version(expected_version)))
-        if await self._executor.one_or_none(statement.returning(col(SystemConfig.key))) is None:
+        versioned = check_version(expected_version) is not None
+        params: dict[str, Any] = {"wanted": wanted} | ({"expected_version": expected_version} if versioned else {})
+        if await self._executor.one_or_none(_delete_statement(versioned=versioned), params) is None:
             version = await self._version(wanted)
             raise _not_found(key) if version is None else stale(f"key {key!r}", expected_version or ABSENT, version)
         self._executor.forget(SystemConfig, wanted)
@@ -133,9 +137,7 @@ class SystemConfigRepository(Repository):
         return await self._executor.get(SystemConfig, col(SystemConfig.key), normal_text(key, "the key"))
 
     async def _version(self, key: str) -> int | None:
-        version: int | None = await self._executor.one_or_none(
-            select(SystemConfig.version).where(SystemConfig.key == key)
-        )
+        version: int | None = await self._executor.one_or_none(_VERSION, {"wanted": key})
         return version
 
     async def _refusal(self, key: str, expected: int) -> ControlPlaneError:
@@ -143,10 +145,38 @@ class SystemConfigRepository(Repository):
         return stale(f"key {key!r}", expected, version or ABSENT)
 
 
-def _identity(key: str, expected_version: int | None) -> Iterator[ColumnElement[bool]]:
-    yield col(SystemConfig.key) == key
-    if expected_version is not None:
-        yield col(SystemConfig.version) == expected_version
+@functools.cache  # building a statement costs more than running it
+def _set_statement(expected: int | None) -> FromStatement[Any]:
+    """Build what stores a value: whatever there is (None), if there is nothing (0), or over a version (1)."""
+    columns: Any = SystemConfig
+    key: BindParameter[str] = bindparam("wanted", type_=columns.key.type)
+    value: BindParameter[Any] = bindparam("new_value", type_=columns.value.type)
+    statement: Any
+    if expected:
+        statement = update(SystemConfig).where(
+            col(SystemConfig.key) == key, col(SystemConfig.version) == bindparam("expected_version")
+        )
+        statement = statement.values(value=value)
+    else:
+        statement = insert(SystemConfig).values(key=key, value=value)
+        if expected == ABSENT and expected is not None:
+            statement = statement.on_conflict_do_nothing()
+        else:
+            statement = statement.on_conflict_do_update(
+                index_elements=[col(SystemConfig.key)], set_={"value": statement.excluded.value}
+            )
+    return FromStatement([SystemConfig], statement.returning(SystemConfig))
+
+
+@functools.cache
+def _delete_statement(*, versioned: bool) -> Statement:
+    statement = delete(SystemConfig).where(col(SystemConfig.key) == bindparam("wanted"))
+    if versioned:
+        statement = statement.where(col(SystemConfig.version) == bindparam("expected_version"))
+    return statement.returning(col(SystemConfig.key))
+
+
+_VERSION = select(SystemConfig.version).where(SystemConfig.key == bindparam("wanted"))
 
 
 def _not_found(key: str) -> ConfigKeyNotFoundError:

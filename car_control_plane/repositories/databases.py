@@ -59,7 +59,7 @@ from car_control_plane.errors import (
     TenantNotFoundError,
     translate,
 )
-from car_control_plane.execution import AsyncReadSession
+from car_control_plane.execution import AsyncReadSession, Door, Statement
 from car_control_plane.models import (
     EncryptionKey,
     Model,
@@ -194,7 +194,7 @@ class TenantDatabaseRepository(Repository):
     nothing and leave the session usable.
 
     Args:
-        session: Whose transaction the verbs run in.
+        where: A session, whose transaction the verbs run in, or a manager.
         keyring: What seals and opens; None for a repository that does neither, and only lists, changes status or deletes.
         policy: What a tenant's connection string may say, and where it may lead; by default one remote host with verified TLS.
         actor: Who is at work, for the log: an account, a request, a job.
@@ -205,14 +205,14 @@ class TenantDatabaseRepository(Repository):
 
     def __init__(
         self,
-        session: AsyncSession | AsyncReadSession,
+        where: AsyncSession | AsyncReadSession | Door,
         keyring: "Keyring | None" = None,
         *,
         policy: ConnectionPolicy | None = None,
         actor: str | None = None,
     ) -> None:
-        super().__init__(session)
-        self._keys = EncryptionKeyRepository(session)
+        super().__init__(where)
+        self._keys = EncryptionKeyRepository(where)
         self._keyring = keyring
         self._policy = policy if policy is not None else ConnectionPolicy()
         self._actor = None if actor is None else normal_text(actor, "the actor")
@@ -240,14 +240,22 @@ class TenantDatabaseRepository(Repository):
         """
         return await self._executor.get(TenantDatabase, col(TenantDatabase.id), as_uuid(database_id, "database_id"))
 
+    async def get_many(self, database_ids: Iterable[uuid.UUID]) -> dict[uuid.UUID, TenantDatabase]:
+        """Return the tenant databases with these ids by id; ids without one are left out. One query however many ids.
+
+        Raises:
+            InvalidDataError: One of them is not a UUID.
+        """
+        ids = [as_uuid(database_id, "database_id") for database_id in database_ids]
+        return await self._many(TenantDatabase, "id", ids)
+
     async def list_for_tenant(self, tenant_id: uuid.UUID) -> builtins.list[TenantDatabase]:
         """Return every database of a tenant, oldest first; none for a tenant that has none, or does not exist.
 
         Raises:
             InvalidDataError: `tenant_id` is not a UUID.
         """
-        statement = select(TenantDatabase).where(*_conditions({"tenant_id": as_uuid(tenant_id, "tenant_id")}))
-        return await self._executor.all(statement.order_by(col(TenantDatabase.created_at), col(TenantDatabase.id)))
+        return await self._executor.all(_OF_TENANT, {"key": as_uuid(tenant_id, "tenant_id")})
 
     async def count(self, **which: Unpack[TenantDatabaseFilter]) -> int:
         """Count the tenant databases that fulfil the filters.
@@ -323,16 +331,14 @@ class TenantDatabaseRepository(Repository):
             raise form
         key = as_uuid(tenant_id, "tenant_id")
         kid = (await self._sealing().current()).kid
-        rows = await self._executor.rows(
-            select(Tenant.environment, _check_value(kid)).where(col(Tenant.tenant_id) == key)
-        )
+        rows = await self._executor.rows(_TENANT, {"key": key, "kid": kid})
         if not rows:
             raise TenantNotFoundError(f"there is no tenant with the id {key}", details={"tenant_id": str(key)})
         database_id = uuid7()
         values = await self._sealed(form.connection_string, key, database_id, *rows[0])
-        statement = insert(TenantDatabase).values(id=database_id, tenant_id=key, purpose=form.purpose, **values)
+        values |= {"id": database_id, "tenant_id": key, "purpose": form.purpose}
         database: TenantDatabase | None = await self._executor.one_or_none(
-            statement.on_conflict_do_nothing().returning(TenantDatabase)
+            _insert_statement(tuple(values)), {f"new_{field}": value for field, value in values.items()}
         )
         if database is None:
             error = _taken(form.purpose, key)
@@ -419,10 +425,9 @@ class TenantDatabaseRepository(Repository):
             StaleWriteError: Its version is not `expected_version`.
         """
         key = as_uuid(database_id, "database_id")
-        statement = delete(TenantDatabase).where(col(TenantDatabase.id) == key)
-        if check_version(expected_version) is not None:
-            statement = statement.where(col(TenantDatabase.version) == expected_version)
-        if await self._executor.one_or_none(statement.returning(col(TenantDatabase.id))) is None:
+        versioned = check_version(expected_version) is not None
+        params = {"key": key} | ({"expected_version": expected_version} if versioned else {})
+        if await self._executor.one_or_none(_delete_statement(versioned=versioned), params) is None:
             raise await self._refusal(key, expected_version)
         self._executor.forget(TenantDatabase, key)
 
@@ -467,7 +472,7 @@ class TenantDatabaseRepository(Repository):
             ConfigurationError: The repository has no keyring.
         """
         limit = _checked_seconds(timeout)
-        self._executor._refuse_read_session()  # now, not when it comes to recording
+        self._executor.require_writable()  # now, not when it comes to recording
         database, environment, role = await self._found(database_id)
         started = time.perf_counter()
         try:
@@ -518,11 +523,7 @@ class TenantDatabaseRepository(Repository):
     async def _resealed(self, database_id: uuid.UUID, secret: SecretStr | ConnectionString) -> dict[str, Any]:
         key = as_uuid(database_id, "database_id")
         kid = (await self._sealing().current()).kid
-        rows = await self._executor.rows(
-            select(TenantDatabase.tenant_id, Tenant.environment, _check_value(kid))
-            .join(Tenant, col(Tenant.tenant_id) == col(TenantDatabase.tenant_id))
-            .where(col(TenantDatabase.id) == key)
-        )
+        rows = await self._executor.rows(_OWNER, {"key": key, "kid": kid})
         if not rows:
             raise _not_found(key)
         tenant_id, environment, check_value = rows[0]
@@ -532,12 +533,7 @@ class TenantDatabaseRepository(Repository):
         """Return the row as it is now, the tenant's environment, and the role this session has in the database."""
         self._sealing()
         key = as_uuid(database_id, "database_id")
-        rows = await self._executor.rows(
-            select(TenantDatabase, Tenant.environment, func.current_user())
-            .join(Tenant, col(Tenant.tenant_id) == col(TenantDatabase.tenant_id))
-            .where(col(TenantDatabase.id) == key)
-            .execution_options(populate_existing=True)
-        )
+        rows = await self._executor.rows(_AS_IT_IS, {"key": key})
         if not rows:
             raise _not_found(key)
         return rows[0]
@@ -555,10 +551,15 @@ class TenantDatabaseRepository(Repository):
         }
         outcome = await self._attempt(database)
         if isinstance(outcome, EncryptionError):
-            _log.warning("refused to open a connection string (%s): %s", outcome.code, _listed(facts), extra=facts)
+            _log.warning(
+                "refused to open a connection string (%s): %s",
+                outcome.code,
+                _listed(facts),
+                extra={"event": "secret.refused", **facts, "error": outcome.code},
+            )
             outcome.details = {**outcome.details, "database_id": str(database.id)}
             raise outcome
-        _log.info("opened a connection string: %s", _listed(facts), extra=facts)
+        _log.info("opened a connection string: %s", _listed(facts), extra={"event": "secret.opened", **facts})
         return outcome
 
     async def _attempt(self, database: TenantDatabase) -> tuple[ConnectionString, Dsn] | EncryptionError:
@@ -602,9 +603,7 @@ class TenantDatabaseRepository(Repository):
         self, key: uuid.UUID, expected_version: int | None, *, purpose: str | None = None
     ) -> ControlPlaneError:
         """Say why a change touched no row."""
-        rows = await self._executor.rows(
-            select(TenantDatabase.tenant_id, TenantDatabase.version).where(col(TenantDatabase.id) == key)
-        )
+        rows = await self._executor.rows(_FACTS, {"key": key})
         if not rows:
             return _not_found(key)
         tenant_id, version = rows[0]
@@ -643,14 +642,44 @@ def _conditions(which: TenantDatabaseFilter) -> Iterator[ColumnElement[bool]]:
         yield sqlalchemy.type_coerce(place, sqlalchemy.Text) == kid
 
 
-def _check_value(kid: str) -> Any:
-    return select(EncryptionKey.check_value).where(col(EncryptionKey.kid) == kid).scalar_subquery()
-
+# Built once: building one, and looking up its compiled form, costs more than running it.
+_BY_KEY: Final = col(TenantDatabase.id) == bindparam("key")
+_HAS_TENANT: Final = col(Tenant.tenant_id) == col(TenantDatabase.tenant_id)
+_CHECK_VALUE: Any = (
+    select(EncryptionKey.check_value).where(col(EncryptionKey.kid) == bindparam("kid")).scalar_subquery()
+)
+_OF_TENANT = select(TenantDatabase).where(col(TenantDatabase.tenant_id) == bindparam("key")).order_by(*_ORDER)
+_TENANT = select(Tenant.environment, _CHECK_VALUE).where(col(Tenant.tenant_id) == bindparam("key"))
+_OWNER = select(TenantDatabase.tenant_id, Tenant.environment, _CHECK_VALUE).join(Tenant, _HAS_TENANT).where(_BY_KEY)
+_FACTS = select(TenantDatabase.tenant_id, TenantDatabase.version).where(_BY_KEY)
+_AS_IT_IS = (
+    select(TenantDatabase, Tenant.environment, func.current_user())
+    .join(Tenant, _HAS_TENANT)
+    .where(_BY_KEY)
+    .execution_options(populate_existing=True)
+)
 
 _FINDINGS: Final = ("verified_at", "server_version", "tls_version", "verification_error")
 
 
-@functools.cache  # building a statement costs more than running it
+@functools.cache
+def _insert_statement(fields: tuple[str, ...]) -> FromStatement[Any]:
+    """Build the INSERT of these fields, for parameters `new_` with a field's name; it inserts nothing where the purpose is taken."""
+    new: dict[str, BindParameter[Any]] = {field: bindparam(f"new_{field}") for field in fields}
+    statement = insert(TenantDatabase).values(new).on_conflict_do_nothing()
+    return FromStatement([TenantDatabase], statement.returning(TenantDatabase))
+
+
+@functools.cache
+def _delete_statement(*, versioned: bool) -> Statement:
+    """Build the DELETE of a row, for parameters `key` and `expected_version`."""
+    statement = delete(TenantDatabase).where(_BY_KEY)
+    if versioned:
+        statement = statement.where(col(TenantDatabase.version) == bindparam("expected_version"))
+    return statement.returning(col(TenantDatabase.id))
+
+
+@functools.cache
 def _change_statement(fields: tuple[str, ...], *, versioned: bool) -> FromStatement[Any]:
     """Build the UPDATE of these fields, for parameters `key`, `expected_version`, and `new_` with a field's name."""
     key: BindParameter[uuid.UUID] = bindparam("key")

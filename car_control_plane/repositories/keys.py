@@ -5,13 +5,13 @@ wrap, and keeps none. `EncryptionKeyStore` is the way back: what a `Keyring` wit
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import asyncpg
-from sqlalchemy import func, literal_column, update
+from sqlalchemy import bindparam, func, literal_column, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlmodel import col, select
 
@@ -84,6 +84,14 @@ class EncryptionKeyRepository(Repository):
             raise error
         return row
 
+    async def get_many(self, kids: Iterable[str]) -> dict[str, EncryptionKey]:
+        """Return the keys with these ids by id; ids that are not on record are left out. One query however many.
+
+        Raises:
+            InvalidDataError: One of them is no text, or has control characters.
+        """
+        return await self._many(EncryptionKey, "kid", {normal_text(kid, "the key id") for kid in kids})
+
     async def usage(self) -> dict[str, int]:
         """Count the rows of `tenant_databases` by the key that sealed them; those that name no key, damaged as they are, under "".
 
@@ -154,9 +162,7 @@ class EncryptionKeyRepository(Repository):
         return [KeyFinding(kid, problem) for kid, problem in sorted(problems.items()) if problem]
 
     async def _check_value(self, kid: str) -> str | None:
-        value: str | None = await self._executor.one_or_none(
-            select(EncryptionKey.check_value).where(EncryptionKey.kid == kid)
-        )
+        value: str | None = await self._executor.one_or_none(_CHECK_VALUE, {"key": kid})
         return value
 
     async def _kids_in_use(self) -> set[str | None]:
@@ -199,8 +205,8 @@ class EncryptionKeyRepository(Repository):
             set_={column: statement.excluded[column] for column in ("provider", "kek_ref", "wrapped", "state")},
             where=col(EncryptionKey.state).is_(None) & (col(EncryptionKey.check_value) == key.check_value),
         )
-        async with self._executor.atomic():
-            row: EncryptionKey | None = await self._executor.one_or_none(statement.returning(EncryptionKey))
+        async with self._executor.atomic() as executor:
+            row: EncryptionKey | None = await executor.one_or_none(statement.returning(EncryptionKey))
         if row is None:
             other = await self._check_value(key.kid) != key.check_value
             raise AlreadyExistsError(
@@ -272,8 +278,8 @@ class EncryptionKeyRepository(Repository):
             .values(state=CURRENT)
             .returning(EncryptionKey)
         )
-        async with self._executor.atomic():
-            row: EncryptionKey | None = await self._executor.one_or_none(promoted)
+        async with self._executor.atomic() as executor:
+            row: EncryptionKey | None = await executor.one_or_none(promoted)
         # The session may hold the former one, and for a refusal the row as it is now.
         rows: dict[str, EncryptionKey] = {each.kid: each for each in await self._executor.all(_ALL_AFRESH)}
         if row is None and (wanted not in rows or rows[wanted].state != CURRENT):
@@ -302,8 +308,8 @@ class EncryptionKeyRepository(Repository):
         row: EncryptionKey | None = None
         used = False
         try:
-            async with self._executor.atomic():
-                row = await self._executor.one_or_none(statement)
+            async with self._executor.atomic() as executor:
+                row = await executor.one_or_none(statement)
         except StillReferencedError:
             used = True
         if used:
@@ -345,7 +351,7 @@ class EncryptionKeyRepository(Repository):
             select(EncryptionKey).where(col(EncryptionKey.wrapped).is_not(None)).order_by(col(EncryptionKey.kid))
         )
         changes = [(row, await _wrapped(wrapper, await _unwrapped(openers, row))) for row in rows]
-        async with self._executor.atomic():
+        async with self._executor.atomic() as executor:
             for row, values in changes:
                 statement = (
                     update(EncryptionKey)
@@ -353,7 +359,7 @@ class EncryptionKeyRepository(Repository):
                     .values(**values)
                     .returning(EncryptionKey)
                 )
-                if await self._executor.one_or_none(statement) is None:
+                if await executor.one_or_none(statement) is None:
                     error = StaleWriteError(f"the key {row.kid!r} has changed meanwhile", details={"kid": row.kid})
                     raise error
         return len(changes)
@@ -395,7 +401,7 @@ class EncryptionKeyStore:
     async def _rows(self) -> Sequence[Mapping[str, Any]]:
         rows: Sequence[Mapping[str, Any]] = []
         error: ControlPlaneError | None = None
-        connection = await self._manager.connect()
+        connection = await self._manager.connect(activity="keys")
         try:
             rows = await connection.fetch(_LOAD)
         except Exception as problem:
@@ -424,6 +430,7 @@ _kid = func.split_part(
     col(TenantDatabase.connection_string_encrypted), literal_column("':'"), literal_column("2")
 ).label("kid")
 
+_CHECK_VALUE = select(EncryptionKey.check_value).where(col(EncryptionKey.kid) == bindparam("key"))
 _ALL_AFRESH = select(EncryptionKey).execution_options(populate_existing=True)
 
 

@@ -4,29 +4,25 @@ Reads and changes are one statement each. A change says in its WHERE what must b
 touches no row, one more query finds out why. So nothing is locked between reading and writing, and the common case costs one round trip.
 """
 
-import builtins
 import functools
 import json
 import uuid
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Literal, TypedDict, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, Unpack
 
 from sqlalchemy import (
     BindParameter,
     ColumnElement,
-    Uuid,
-    any_,
     bindparam,
     delete,
     exists,
     func,
-    literal,
     or_,
     update,
 )
-from sqlalchemy.dialects.postgresql import ARRAY, insert
+from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import FromStatement, aliased
 from sqlmodel import col, select
 from sqlmodel.sql.expression import SelectOfScalar
@@ -40,6 +36,7 @@ from car_control_plane.errors import (
     StillReferencedError,
     TenantNotFoundError,
 )
+from car_control_plane.execution import SessionExecutor, Statement
 from car_control_plane.models import (
     SYSTEM_ADMIN_ID,
     SYSTEM_ADMIN_NAME,
@@ -64,6 +61,9 @@ from car_control_plane.repositories.base import (
     stale,
     validated,
 )
+
+if TYPE_CHECKING:
+    import builtins  # the repository has a `list` of its own
 
 T = TypeVar("T")
 E = TypeVar("E", bound=StrEnum)
@@ -161,12 +161,7 @@ class TenantRepository(Repository):
             InvalidDataError: One of them is not a UUID.
         """
         ids = [as_uuid(tenant_id, "tenant_id") for tenant_id in tenant_ids]
-        if not ids:
-            return {}
-        rows: builtins.list[Tenant] = await self._executor.all(
-            select(Tenant).where(col(Tenant.tenant_id) == any_(literal(ids, ARRAY(Uuid()))))
-        )
-        return {tenant.tenant_id: tenant for tenant in rows}
+        return await self._many(Tenant, "tenant_id", ids)
 
     async def get_by_name(self, name: str) -> Tenant:
         """Return the tenant with this name; upper and lower case differ.
@@ -175,7 +170,7 @@ class TenantRepository(Repository):
             TenantNotFoundError: There is none.
         """
         wanted = normal_text(name, "the name")
-        tenant: Tenant | None = await self._executor.one_or_none(select(Tenant).where(Tenant.name == wanted))
+        tenant = await self._executor.find(Tenant, col(Tenant.name), wanted)
         if tenant is None:
             raise TenantNotFoundError(f"there is no tenant named {name!r}", details={"name": name})
         return tenant
@@ -187,7 +182,7 @@ class TenantRepository(Repository):
             InvalidDataError: `tenant_id` is not a UUID.
         """
         wanted = as_uuid(tenant_id, "tenant_id")
-        return bool(await self._executor.one_or_none(select(exists().where(col(Tenant.tenant_id) == wanted))))
+        return bool(await self._executor.one_or_none(_EXISTS, {"key": wanted}))
 
     async def count(self, **which: Unpack[TenantFilter]) -> int:
         """Count the tenants that fulfil the filters; reads every one of them (tens of milliseconds for a million).
@@ -243,11 +238,12 @@ class TenantRepository(Repository):
             InvalidDataError: `tenant` is not a valid `TenantCreate` (a mapping is taken as one).
         """
         new = validated(TenantCreate, tenant)
+        values = new.model_dump()
         row: Tenant | None = await self._executor.one_or_none(
-            insert(Tenant).values(**new.model_dump()).on_conflict_do_nothing().returning(Tenant)
+            _insert_statement(tuple(values)), {f"new_{field}": value for field, value in values.items()}
         )
         if row is None:
-            taken = await self._executor.one_or_none(select(Tenant.tenant_id).where(Tenant.tenant_id == new.tenant_id))
+            taken = await self.exists(new.tenant_id)
             what = f"the id {new.tenant_id}" if taken else f"the name {new.name!r}"
             raise AlreadyExistsError(
                 f"a tenant with {what} exists already", details={"name": new.name, "tenant_id": str(new.tenant_id)}
@@ -278,9 +274,9 @@ class TenantRepository(Repository):
             raise InvalidDataError("on_conflict must be 'raise' or 'skip'")
         skipped = seen = 0
         conflicts: builtins.list[Conflict] = []
-        async with self._executor.atomic():
+        async with self._executor.atomic() as executor:
             async for batch in _batches(tenants):
-                found = await self._insert(batch, seen)
+                found = await _insert(executor, batch, seen)
                 if found and on_conflict == "raise":
                     error = _taken(found)
                     raise error
@@ -288,12 +284,6 @@ class TenantRepository(Repository):
                 seen += len(batch)
                 conflicts += found[: MAX_CONFLICTS - len(conflicts)]
         return CreateManyResult(created=seen - skipped, skipped=skipped, conflicts=tuple(conflicts))
-
-    async def _insert(self, batch: builtins.list[TenantCreate], offset: int) -> builtins.list[Conflict]:
-        """Insert what is free; return what is not."""
-        rows = await self._executor.fetch(_INSERT_MANY, *_columns(batch), writes=Tenant)
-        left_out = ((position - 1, batch[position - 1]) for (position,) in rows)
-        return [Conflict(offset + index, tenant.tenant_id, tenant.name) for index, tenant in left_out]
 
     # --- changing -----------------------------------------------------------------------------------------------------
 
@@ -388,9 +378,9 @@ class TenantRepository(Repository):
             ProtectedError: The tenant is `system_admin`.
         """
         key = _changeable(tenant_id, "deleted")
-        owned = exists().where(col(TenantDatabase.tenant_id) == key)
-        statement = delete(Tenant).where(*_identity(key, expected_version), ~owned).returning(col(Tenant.tenant_id))
-        if await self._executor.one_or_none(statement) is None:
+        versioned = check_version(expected_version) is not None
+        params = {"key": key} | ({"expected_version": expected_version} if versioned else {})
+        if await self._executor.one_or_none(_delete_statement(versioned=versioned), params) is None:
             raise await self._refusal(key, expected_version) or StillReferencedError(
                 "the tenant still owns a database",
                 hint="Delete its databases first.",
@@ -426,9 +416,7 @@ class TenantRepository(Repository):
         self, key: uuid.UUID, expected_version: int | None, *, target: TenantStatus | None = None
     ) -> ControlPlaneError | None:
         """Say why a change touched no row; None when neither existence, version nor status explains it."""
-        rows = await self._executor.rows(
-            select(Tenant.name, Tenant.version, Tenant.status).where(Tenant.tenant_id == key)
-        )
+        rows = await self._executor.rows(_FACTS, {"key": key})
         if not rows:
             return _not_found(key)
         name, version, status = rows[0]
@@ -444,6 +432,10 @@ class TenantRepository(Repository):
 
 
 # --- statements -------------------------------------------------------------------------------------------------------
+
+# Built once: building one, and looking up its compiled form, costs more than running it.
+_FACTS = select(Tenant.name, Tenant.version, Tenant.status).where(Tenant.tenant_id == bindparam("key"))
+_EXISTS = select(exists().where(col(Tenant.tenant_id) == bindparam("key")))
 
 # One statement inserts a batch and says which of its rows were left out: those that are not among the returned ones, and repetitions within
 # the batch. Names and ids together identify a row of the batch, because either may be what is taken.
@@ -464,6 +456,13 @@ LEFT JOIN created AS c ON c.tenant_id = i.tenant_id AND c.name = i.name
 WHERE c.tenant_id IS NULL OR i.occurrence > 1
 ORDER BY i.position
 """
+
+
+async def _insert(executor: SessionExecutor, batch: list[TenantCreate], offset: int) -> list[Conflict]:
+    """Insert what is free; return what is not."""
+    rows = await executor.fetch(_INSERT_MANY, *_columns(batch), writes=Tenant)
+    left_out = ((position - 1, batch[position - 1]) for (position,) in rows)
+    return [Conflict(offset + index, tenant.tenant_id, tenant.name) for index, tenant in left_out]
 
 
 def _columns(batch: list[TenantCreate]) -> Iterator[list[Any]]:
@@ -519,13 +518,24 @@ def _conditions(which: TenantFilter) -> Iterator[ColumnElement[bool]]:
         yield col(Tenant.labels).contains(validated(TenantUpdate, {"labels": labels}).labels)
 
 
-def _identity(key: uuid.UUID, expected_version: int | None) -> Iterator[ColumnElement[bool]]:
-    yield col(Tenant.tenant_id) == key
-    if check_version(expected_version) is not None:
-        yield col(Tenant.version) == expected_version
+@functools.cache
+def _insert_statement(fields: tuple[str, ...]) -> FromStatement[Any]:
+    """Build the INSERT of these fields, for parameters `new_` with a field's name; it inserts nothing where a name or id is taken."""
+    new: dict[str, BindParameter[Any]] = {field: bindparam(f"new_{field}") for field in fields}
+    return FromStatement([Tenant], insert(Tenant).values(new).on_conflict_do_nothing().returning(Tenant))
 
 
-@functools.cache  # building a statement costs more than running it
+@functools.cache
+def _delete_statement(*, versioned: bool) -> Statement:
+    """Build the DELETE of a tenant without databases, for parameters `key` and `expected_version`."""
+    owned = exists().where(col(TenantDatabase.tenant_id) == bindparam("key"))
+    statement = delete(Tenant).where(col(Tenant.tenant_id) == bindparam("key"), ~owned)
+    if versioned:
+        statement = statement.where(col(Tenant.version) == bindparam("expected_version"))
+    return statement.returning(col(Tenant.tenant_id))
+
+
+@functools.cache
 def _change_statement(fields: tuple[str, ...], target: TenantStatus | None, *, versioned: bool) -> FromStatement[Any]:
     """Build the UPDATE of these fields, for parameters `key`, `expected_version`, and `new_` with a field's name.
 

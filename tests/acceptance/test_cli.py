@@ -5,6 +5,7 @@ Most tests call it inside this process. Those about signals, streams and start-u
 
 import asyncio
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -31,6 +32,7 @@ from car_control_plane.cli import app
 from car_control_plane.cli.tenants import Environment, Status
 from car_control_plane.models import REVISIONS, SYSTEM_ADMIN_ID, TenantEnvironment, TenantStatus
 from car_control_plane.repositories.tenants import BATCH_ROWS
+from car_control_plane.telemetry import PoolStatus
 from tests.fixtures import cli as clis
 from tests.fixtures.cli import ROOT, WAIT_SECONDS, Cli, Terminal, execute, plain, posix, run, started, until
 from tests.fixtures.servers import unused_port
@@ -410,16 +412,16 @@ def test_config_compares_and_sets(cli: Cli) -> None:
 
 
 def test_the_schema_up_and_down(fresh: Cli) -> None:
-    assert fresh.done("db", "current") == {"revision": None, "head": "003_sealed_connection_strings"}
+    assert fresh.done("db", "current") == {"revision": None, "head": REVISIONS[-1]}
     done = fresh.done("db", "upgrade")
-    assert (done["before"], done["after"]) == (None, "003_sealed_connection_strings")
+    assert (done["before"], done["after"]) == (None, REVISIONS[-1])
     assert fresh.done("db", "upgrade")["revisions"] == []
     assert fresh.done("db", "check") == {"clean": True, "differences": []}
     assert fresh("db", "drift").stdout == ""
-    assert fresh.done("db", "wait", "--timeout", "0") == {"revision": "003_sealed_connection_strings"}
-    assert fresh.done("db", "downgrade", "-1", "--yes")["revisions"] == ["003_sealed_connection_strings"]
-    assert fresh.done("db", "current")["revision"] == "002_seed_data"
-    assert fresh.done("db", "upgrade", "+1")["after"] == "003_sealed_connection_strings"
+    assert fresh.done("db", "wait", "--timeout", "0") == {"revision": REVISIONS[-1]}
+    assert fresh.done("db", "downgrade", "-1", "--yes")["revisions"] == [REVISIONS[-1]]
+    assert fresh.done("db", "current")["revision"] == REVISIONS[-2]
+    assert fresh.done("db", "upgrade", "+1")["after"] == REVISIONS[-1]
     assert fresh.done("db", "downgrade", "base", "--yes")["after"] is None
     assert fresh.done("db", "downgrade", "base")["revisions"] == []
 
@@ -427,7 +429,7 @@ def test_the_schema_up_and_down(fresh: Cli) -> None:
 def test_history_and_sql_need_no_database() -> None:
     nowhere = Cli(None)
     revisions = [step["revision"] for step in nowhere.done("db", "history")]
-    assert revisions == ["001_control_plane_schema", "002_seed_data", "003_sealed_connection_strings"]
+    assert revisions == list(REVISIONS)
     whole = nowhere("db", "sql").stdout
     assert "CREATE TABLE control_plane.tenants" in whole
     part = nowhere("db", "sql", revisions[1], "--from", revisions[0]).stdout
@@ -470,7 +472,7 @@ def test_an_unknown_revision_fails(cli: Cli) -> None:
 def test_health(cli: Cli, fresh: Cli) -> None:
     healthy = cli.done("health")
     assert (healthy["healthy"], healthy["schema"], healthy["error"]) == (True, "current", None)
-    assert set(healthy["pool"]) == {"limit", "opened", "in_use"}
+    assert set(healthy["pool"]) == {field.name for field in dataclasses.fields(PoolStatus)}
     assert cli("health", "-o", "table").stdout.startswith("Healthy: PostgreSQL ")
     ill = fresh("health")
     assert ill.exit_code == 5
@@ -484,7 +486,7 @@ def test_health(cli: Cli, fresh: Cli) -> None:
 def test_a_schema_ahead_is_healthy_and_refused_by_commands(own: Cli) -> None:
     execute(own.url, "UPDATE control_plane.alembic_version SET version_num = '999_future'")
     assert own.done("health")["schema"] == "ahead"
-    assert "ahead of 003_sealed_connection_strings" in own("health", "-o", "table").stdout
+    assert "ahead of 004_completed_operations" in own("health", "-o", "table").stdout
     assert "Upgrade the library" in own.refused(5, "tenant", "list")
 
 
@@ -768,10 +770,10 @@ def test_changes_are_sentences_in_a_table(cli: Cli) -> None:
         "a is deleted.\n",
         "k is set, version N.\n",
         "k is unset.\n",
-        "Nothing to do: the schema is at 003_sealed_connection_strings.\n",
-        "003_sealed_connection_strings (head)\n",
+        "Nothing to do: the schema is at 004_completed_operations.\n",
+        "004_completed_operations (head)\n",
         "Clean: the database is as the models say.\n",
-        "Ready: the schema is at 003_sealed_connection_strings.\n",
+        "Ready: the schema is at 004_completed_operations.\n",
     ]
 
 
@@ -960,12 +962,12 @@ def test_a_reader_that_goes_away_ends_it_quietly(form: str, cli: Cli) -> None:
 def test_a_list_may_wait_for_its_reader_as_long_as_it_takes(cli: Cli) -> None:
     rows = "".join(f"t{number},staging\n" for number in range(5_000))
     cli.done("tenant", "import", "-", stdin=f"name,environment\n{rows}")
-    impatient = {"CAR_CONTROL_PLANE_IDLE_IN_TRANSACTION_TIMEOUT_SECONDS": "0.2"}
+    impatient = {"CAR_CONTROL_PLANE_IDLE_IN_TRANSACTION_TIMEOUT_SECONDS": "0.5"}
     with started(cli.url, "tenant", "list", "--all", environment=impatient) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         assert process.stdout.readline()
-        time.sleep(1)
+        time.sleep(1.5)
         assert process.stdout.read().count(b"\n") == 5_000
         assert process.stderr.read() == b""
         assert process.wait(WAIT_SECONDS) == 0
@@ -989,14 +991,14 @@ def test_ctrl_c_while_waiting_for_input_imports_nothing(cli: Cli) -> None:
 @posix
 def test_an_import_may_wait_for_its_input_as_long_as_it_takes(cli: Cli) -> None:
     """Its transaction is open meanwhile, and the time limit on idle ones is not for it."""
-    impatient = {"CAR_CONTROL_PLANE_IDLE_IN_TRANSACTION_TIMEOUT_SECONDS": "0.2"}
+    impatient = {"CAR_CONTROL_PLANE_IDLE_IN_TRANSACTION_TIMEOUT_SECONDS": "0.5"}
     with started(cli.url, "tenant", "import", "-", stdin=subprocess.PIPE, environment=impatient) as process:
         assert process.stdin is not None
         rows = "".join(f"t{number},staging\n" for number in range(BATCH_ROWS + 5_000))
         process.stdin.write(f"name,environment\n{rows}".encode())
         process.stdin.flush()
         until(lambda: "INSERT" in statements(cli.url))
-        time.sleep(1)
+        time.sleep(1.5)
         output, errors = process.communicate(b"last,staging\n", WAIT_SECONDS)
     assert (process.returncode, errors) == (0, b"")
     assert json.loads(output)["created"] == BATCH_ROWS + 5_001
@@ -1024,7 +1026,7 @@ def statements(url: str) -> str:
         connection = await asyncpg.connect(parsed.for_host(parsed.hosts[0]), password=parsed.password)
         try:
             rows = await connection.fetch(
-                "SELECT query FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'car-control-plane'"
+                "SELECT query FROM pg_stat_activity WHERE datname = current_database() AND application_name LIKE 'car-control-plane/%'"
             )
             return "\n".join(row["query"] for row in rows)
         finally:
@@ -1068,7 +1070,7 @@ def test_delete_asks_in_a_terminal(answer: str, code: int, left: bool, cli: Cli)
     terminal.read_until("[y/N]")
     assert f"Delete tenant acme (production, pending, {key})?" in plain(terminal.text).replace("\n", "")
     if answer == "\x03":
-        time.sleep(0.5)  # Python loses a signal that comes while its line editor is being started
+        terminal.wait_until_it_waits()  # Python loses a signal that comes while its line editor is being started
         terminal.process.send_signal(signal.SIGINT)
     else:
         terminal.type(answer)
@@ -1093,7 +1095,7 @@ def test_what_was_shown_is_what_is_deleted(cli: Cli) -> None:
 def test_downgrade_asks_in_a_terminal(cli: Cli) -> None:
     terminal = Terminal(cli.url, "db", "downgrade", "base")
     terminal.read_until("[y/N]")
-    assert "Downgrade from 003_sealed_connection_strings to base? The data of what is dropped is lost." in plain(
+    assert "Downgrade from 004_completed_operations to base? The data of what is dropped is lost." in plain(
         terminal.text
     )
     terminal.type("n\n")

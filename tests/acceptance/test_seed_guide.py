@@ -109,15 +109,15 @@ def test_the_commands_of_the_guide(empty_database: str, tmp_path: Path) -> None:
         return result.stdout
 
     run("upgrade", "head")
-    assert run("current").split() == ["003_sealed_connection_strings", "(head)"]
+    assert run("current").split() == ["004_completed_operations", "(head)"]
     history = run("history")
     assert "001_control_plane_schema -> 002_seed_data," in history
     assert "<base> -> 001_control_plane_schema" in history
     run("check")
     run("downgrade", "-1")
-    assert run("current").split() == ["002_seed_data"]
+    assert run("current").split() == ["003_sealed_connection_strings"]
     run("upgrade", "head")
-    assert run("current").split() == ["003_sealed_connection_strings", "(head)"]
+    assert run("current").split() == ["004_completed_operations", "(head)"]
 
 
 async def test_rolling_the_seed_back_takes_only_the_seed(own_database: str) -> None:

@@ -3,11 +3,12 @@
 import asyncio
 import itertools
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any
 
 import pytest
 from sqlalchemy import event
+from sqlalchemy.orm import Session
 from sqlmodel import delete, select
 from sqlmodel.ext.asyncio.session import AsyncSession
 
@@ -15,6 +16,7 @@ from car_control_plane.connection import AsyncConnectionManager, PoolStatus
 from car_control_plane.errors import ControlPlaneError, PoolTimeoutError
 from car_control_plane.models import SYSTEM_ADMIN_NAME, Tenant, TenantEnvironment
 from car_control_plane.repositories import TenantRepository
+from tests.fixtures.cancelling import Cancelled
 from tests.fixtures.servers import black_hole
 
 Make = Callable[..., AsyncConnectionManager]
@@ -38,38 +40,12 @@ def tenant(name: str) -> Tenant:
     return Tenant(name=name, environment=TenantEnvironment.STAGING)
 
 
-class Cancelled:
-    """Does some work, and cancels the task it runs in when it is about to wait for the `at`-th time, and again for the `again`-th."""
-
-    def __init__(self, work: Coroutine[Any, Any, Any], at: int, again: int = 0) -> None:
-        self._work = work
-        self._when = {at, again}
-        self.waits = 0
-
-    def __await__(self) -> Generator[Any, Any, Any]:
-        step, given = self._work.send, None
-        while True:
-            try:
-                awaited = step(given)
-            except StopIteration as end:
-                return end.value
-            self.waits += 1
-            if self.waits in self._when:
-                task = asyncio.current_task()
-                assert task is not None
-                task.cancel()
-            try:
-                step, given = self._work.send, (yield awaited)
-            except BaseException as error:
-                step, given = self._work.throw, error
-
-
 async def settled(manager: AsyncConnectionManager, shared_manager: AsyncConnectionManager) -> None:
     """Wait until what a cancellation leaves to the background is done: every connection given back, no transaction open."""
     open_transactions = (
         "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND state LIKE 'idle in transaction%'"
     )
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while manager.pool_status().in_use:  # noqa: ASYNC110 -- SQLAlchemy closes a session in a task of its own
             await asyncio.sleep(0.001)
         connection = await shared_manager.connect()
@@ -161,23 +137,29 @@ async def _of(work: Awaitable[None]) -> None:
 
 
 async def test_a_commit_that_has_begun_ends_before_the_cancellation_is_raised(own_database: str) -> None:
-    """The commit takes its time: a deferred trigger sleeps in it."""
-    async with AsyncConnectionManager(own_database) as manager, AsyncConnectionManager(own_database) as other:
+    """The commit takes its time: a deferred trigger waits in it for a lock."""
+    async with (
+        AsyncConnectionManager(own_database, lock_timeout_seconds=0, statement_timeout_seconds=0) as manager,
+        AsyncConnectionManager(own_database) as other,
+    ):
         watching = await other.connect()
         await watching.execute("""
             CREATE TABLE public.slow (i int);
-            CREATE FUNCTION public.sleep() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(0.5); RETURN NULL; END';
+            CREATE FUNCTION public.wait() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_advisory_xact_lock(1); RETURN NULL; END';
             CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON public.slow DEFERRABLE INITIALLY DEFERRED
-                FOR EACH ROW EXECUTE FUNCTION public.sleep();
+                FOR EACH ROW EXECUTE FUNCTION public.wait();
+            SELECT pg_advisory_lock(1);
         """)
         task = asyncio.ensure_future(_insert_slowly(manager))
-        async with asyncio.timeout(20):
-            committing = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'COMMIT%' AND wait_event = 'PgSleep'"
+        async with asyncio.timeout(60):
+            committing = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'COMMIT%' AND wait_event = 'advisory'"
             while not await watching.fetchval(committing):  # noqa: ASYNC110 -- the server has no event for it
                 await asyncio.sleep(0.01)
         for _ in range(3):
             task.cancel()
             await asyncio.sleep(0.01)
+        assert not task.done()
+        await watching.execute("SELECT pg_advisory_unlock(1)")
         with pytest.raises(asyncio.CancelledError):
             await task
         assert await watching.fetchval("SELECT count(*) FROM public.slow") == 1
@@ -199,9 +181,13 @@ async def test_a_commit_that_fails_while_it_is_cancelled_is_a_cancellation(
 
     async def write_twice() -> None:
         async with manager.get_session() as session:
-            event.listen(session.sync_session, "before_commit", lambda _: flushing.set())
-            session.add(tenant("one"))
-            session.add(tenant("one"))
+
+            def write(committing: Session) -> None:
+                flushing.set()
+                committing.add_all([tenant("one"), tenant("one")])
+
+            event.listen(session.sync_session, "before_commit", write)
+            await session.connection()
 
     task = asyncio.ensure_future(write_twice())
     await flushing.wait()
@@ -258,7 +244,7 @@ async def whole(manager: AsyncConnectionManager) -> None:
     limit = manager.pool_status().limit
     sessions = [manager.get_session_direct() for _ in range(limit)]
     try:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             for session in sessions:
                 await session.connection()
         assert manager.pool_status() == PoolStatus(limit=limit, opened=limit, in_use=limit)

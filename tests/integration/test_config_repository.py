@@ -9,11 +9,12 @@ from sqlmodel.ext.asyncio.session import AsyncSession
 from car_control_plane.connection import AsyncConnectionManager
 from car_control_plane.errors import ConfigKeyNotFoundError, InvalidDataError, StaleWriteError
 from car_control_plane.repositories import SystemConfigRepository
+from tests.fixtures.doors import on_both
 
 
 @pytest.fixture
-def config(session: AsyncSession) -> SystemConfigRepository:
-    return SystemConfigRepository(session)
+def config(where: Any) -> SystemConfigRepository:
+    return SystemConfigRepository(where)
 
 
 def nested(depth: int) -> Any:
@@ -73,6 +74,7 @@ async def test_deep_and_large_values_are_stored_up_to_the_limit(
     assert await config.get("large") == large
 
 
+@on_both
 @pytest.mark.parametrize(
     ("value", "says"),
     [
@@ -100,12 +102,14 @@ async def test_what_is_no_json_is_refused_and_the_old_value_stays(
     assert (await config.get_entry("key")).version == entry.version
 
 
+@on_both
 @pytest.mark.parametrize("key", ["", " a", "a ", "a\nb", "a\x00", "k" * 256, 5, None])
 async def test_bad_keys_are_refused(config: SystemConfigRepository, key: Any) -> None:
     with pytest.raises(InvalidDataError):
         await config.set(key, 1)
 
 
+@on_both
 async def test_absence_and_null_differ(config: SystemConfigRepository) -> None:
     assert await config.get_or_default("key", "fallback") == "fallback"
     with pytest.raises(ConfigKeyNotFoundError, match="'key'"):
@@ -115,6 +119,7 @@ async def test_absence_and_null_differ(config: SystemConfigRepository) -> None:
     assert await config.get_or_default("key", "fallback") is None
 
 
+@on_both
 async def test_set_stores_replaces_and_counts(config: SystemConfigRepository) -> None:
     first = (await config.set("key", {"a": 1})).version
     same = (await config.set("key", {"a": 1})).version
@@ -124,6 +129,7 @@ async def test_set_stores_replaces_and_counts(config: SystemConfigRepository) ->
     assert await config.get("key") == {"a": 2}
 
 
+@on_both
 async def test_compare_and_set(config: SystemConfigRepository) -> None:
     made = await config.set("key", 1, expected_version=0)
     first = made.version
@@ -139,6 +145,7 @@ async def test_compare_and_set(config: SystemConfigRepository) -> None:
     assert await config.get("key") == 2
 
 
+@on_both
 async def test_delete(config: SystemConfigRepository) -> None:
     version = (await config.set("key", 1)).version
     with pytest.raises(StaleWriteError):
@@ -151,6 +158,7 @@ async def test_delete(config: SystemConfigRepository) -> None:
     assert await config.get_or_default("key") is None
 
 
+@on_both
 async def test_list_pages_in_byte_order(config: SystemConfigRepository) -> None:
     keys = ["B", "a.1", "a.2", "a.10", "b", "é", "ä"]
     for key in keys:
@@ -167,6 +175,7 @@ async def test_list_pages_in_byte_order(config: SystemConfigRepository) -> None:
     assert [entry.key for entry in await config.list(prefix="nothing")] == []
 
 
+@on_both
 @pytest.mark.parametrize(
     "arguments", [{"limit": 0}, {"after": "?"}, {"after": "é"}, {"after": "AA=="}, {"prefix": "\x00"}]
 )

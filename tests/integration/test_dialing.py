@@ -1,7 +1,6 @@
 """Connecting to tenants' databases: only to judged addresses, only with verified TLS, with nothing of ours, whatever the server does."""
 
 import asyncio
-import functools
 import gc
 import ipaddress
 import logging
@@ -11,7 +10,7 @@ import ssl
 import struct
 import uuid
 import warnings
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,10 +37,10 @@ from tests.fixtures.servers import (
     USER,
     Certificates,
     Cluster,
-    black_hole,
     error_response,
     front,
     has_ipv6,
+    pass_both_ways,
     rogue,
     unused_port,
 )
@@ -115,7 +114,6 @@ async def refusal(text: str, *rights: TenantConnectionRight, **how: Any) -> Cont
     """Return the error of connecting, after looking for secrets in everything it carries."""
     error = await failure_of(connect(text, *rights, **how))
     assert isinstance(error, ControlPlaneError), repr(error)
-    await asyncio.sleep(0.05)  # a server of asyncio whose handshake is cut off before it has seen it fail never ends
     assert error.__cause__ is None
     assert error.__context__ is None
     assert list(leaks(error, CANARY)) == []
@@ -175,7 +173,7 @@ def listener() -> Iterator[Listener]:
 
 async def test_the_listener_sees_a_connection(listener: Listener) -> None:
     """What the tests below rely on."""
-    await refusal(f"postgresql://u@127.0.0.1:{listener.port}/d", "internal-hosts", timeout=0.3)
+    await refusal(f"postgresql://u@127.0.0.1:{listener.port}/d", "internal-hosts", timeout=1)
     assert listener.connections() == 1
 
 
@@ -269,7 +267,7 @@ async def test_an_address_that_is_silent_leaves_time_for_the_next(
     silent.set()
     async with front(cluster.primary) as port, front(cluster.primary, silent=silent, host="127.0.0.2") as other:
         text = cluster.dsn(f"127.0.0.2:{other},127.0.0.1:{port}", target_session_attrs="any")
-        connection = await connect(text, "several-hosts", "internal-hosts", timeout=2)
+        connection = await connect(text, "several-hosts", "internal-hosts", timeout=4)
     await connection.close()
 
 
@@ -465,28 +463,12 @@ async def direct(directory: Path, certificates: Certificates) -> AsyncIterator[i
     context = certificates.context()
     context.set_alpn_protocols(["postgresql"])
 
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def behave(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         inner = await asyncio.open_unix_connection(str(directory / ".s.PGSQL.5432"))
-        tasks = [
-            asyncio.ensure_future(copy(reader, inner[1])),
-            asyncio.ensure_future(copy(inner[0], writer)),
-        ]
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        inner[1].close()
-        writer.close()
+        await pass_both_ways((reader, writer), inner)
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
-    try:
-        yield server.sockets[0].getsockname()[1]
-    finally:
-        server.close()
-        await asyncio.sleep(0.05)
-
-
-async def copy(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
-    while piece := await source.read(65536):
-        target.write(piece)
-        await target.drain()
+    async with rogue(behave, tls=context) as port:
+        yield port
 
 
 @pytest.mark.parametrize("mode", ["prefer", "allow"])
@@ -639,13 +621,15 @@ def request(code: int, body: bytes = b"") -> bytes:
 
 
 class Rogue:
-    """A server that records all it gets, and answers what it is told to."""
+    """A server that records all it gets, and answers what it is told to; then it waits for the client to go, or hangs up."""
 
-    def __init__(self, *replies: bytes, tls: ssl.SSLContext | None = None, plain: bytes = b"N") -> None:
+    def __init__(
+        self, *replies: bytes, tls: ssl.SSLContext | None = None, plain: bytes = b"N", hangs_up: bool = False
+    ) -> None:
         self.seen = b""
         self.connections = 0
         self.certificate: Any = None
-        self._replies, self._tls, self._plain = list(replies), tls, plain
+        self._replies, self._tls, self._plain, self._hangs_up = list(replies), tls, plain, hangs_up
 
     async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
@@ -660,7 +644,7 @@ class Rogue:
             writer.write(reply)
             await writer.drain()
             await self._read(reader)
-        while await self._read(reader):
+        while not self._hangs_up and await self._read(reader):
             pass
 
     async def _read(self, reader: asyncio.StreamReader) -> bytes:
@@ -686,14 +670,14 @@ async def test_a_rogue_server_gets_nothing_of_ours(greeting: str, encrypted: boo
     tls = certificates.context()
     tls.verify_mode = ssl.CERT_OPTIONAL  # asks for a client's certificate
     tls.load_verify_locations(certificates.authority)
-    server = Rogue(*GREETINGS[greeting], tls=tls if encrypted else None)
+    server = Rogue(*GREETINGS[greeting], tls=tls if encrypted else None, hangs_up=greeting != "trust")
     async with rogue(server) as port:
         text = f"postgresql://tenant@localhost:{port}/theirs"
         text += f"?sslmode=verify-full&sslrootcert={certificates.authority}" if encrypted else "?sslmode=disable"
         if greeting == "trust":
-            (await connect(text, *EVERYTHING, timeout=5)).terminate()
+            (await connect(text, *EVERYTHING, timeout=30)).terminate()
         else:
-            await refusal(text, *EVERYTHING, timeout=0.5)
+            await refusal(text, *EVERYTHING, timeout=30)
     assert b"user\0tenant\0" in server.seen
     assert b"database\0theirs\0" in server.seen
     assert b"application_name\0car-control-plane\0" in server.seen
@@ -709,13 +693,13 @@ async def test_the_drivers_own_ways_would_give_ours_away(encrypted: bool, certif
     tls = certificates.context()
     tls.verify_mode = ssl.CERT_OPTIONAL
     tls.load_verify_locations(certificates.authority)
-    server = Rogue(request(3), tls=tls if encrypted else None)
+    server = Rogue(request(3), tls=tls if encrypted else None, hangs_up=True)
     async with rogue(server) as port:
         with pytest.raises((asyncpg.PostgresError, OSError, TimeoutError, asyncpg.InterfaceError)):
             await asyncpg.connect(
                 f"postgresql://tenant@localhost:{port}/theirs?sslmode={'require' if encrypted else 'disable'}"
                 "&sslnegotiation=postgres&target_session_attrs=any",
-                timeout=0.5,
+                timeout=30,
             )
     assert OURS.encode() in server.seen
     assert bool(server.certificate) is encrypted
@@ -726,13 +710,13 @@ async def test_the_tenants_password_goes_out_on_verified_tls_only(certificates: 
     for tls, authority in ((None, certificates.authority), (certificates.context(), certificates.other_authority)):
         server = Rogue(request(3), tls=tls)
         async with rogue(server) as port:
-            await refusal(text.format(port, authority), "files", "internal-hosts", timeout=2)
+            await refusal(text.format(port, authority), "files", "internal-hosts", timeout=30)
         assert server.connections == 1
         assert b"tenant" not in server.seen
         assert CANARY.encode() not in server.seen
-    server = Rogue(request(3), tls=certificates.context())
+    server = Rogue(request(3), tls=certificates.context(), hangs_up=True)
     async with rogue(server) as port:
-        await refusal(text.format(port, certificates.authority), "files", "internal-hosts", timeout=0.5)
+        await refusal(text.format(port, certificates.authority), "files", "internal-hosts", timeout=30)
     assert CANARY.encode() in server.seen
 
 
@@ -758,11 +742,11 @@ class Scram(Rogue):
 async def test_scram_with_too_many_rounds_does_not_stop_the_loop(encrypted: bool, certificates: Certificates) -> None:
     """The most there can be take a quarter of an hour, during which nothing else of the process runs."""
     for rounds, refused in ((4096, False), (1_000_001, True), (2**31 - 1, True), (10**30, True)):
-        server = Scram(rounds, tls=certificates.context() if encrypted else None)
+        server = Scram(rounds, tls=certificates.context() if encrypted else None, hangs_up=True)
         async with rogue(server) as port:
             text = f"postgresql://tenant:{CANARY}@localhost:{port}/d"
             text += f"?sslmode=verify-full&sslrootcert={certificates.authority}" if encrypted else "?sslmode=disable"
-            error = await refusal(text, *EVERYTHING, timeout=1)
+            error = await refusal(text, *EVERYTHING, timeout=30)
         assert ("rounds of SCRAM" in error.message) is refused
         assert (b"p=" in server.seen) is not refused
 
@@ -810,7 +794,7 @@ async def test_a_liar_is_left_in_time(
         async with rogue(server) as port:
             text = f"postgresql://tenant:{CANARY}@localhost:{port}/d"
             text += f"?sslmode=verify-full&sslrootcert={certificates.authority}" if encrypted else "?sslmode=disable"
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 error = await refusal(text, *EVERYTHING, timeout=0.5)
         gc.collect()
     assert isinstance(error, ConnectionUnavailableError | ConfigurationError)
@@ -851,9 +835,9 @@ async def test_a_liar_that_begins_well(lie: str, encrypted: bool, certificates: 
     async with rogue(server) as port:
         text = f"postgresql://tenant@localhost:{port}/d"
         text += f"?sslmode=verify-full&sslrootcert={certificates.authority}" if encrypted else "?sslmode=disable"
-        connection = await connect(text, *EVERYTHING, timeout=5)
+        connection = await connect(text, *EVERYTHING, timeout=30)
         with pytest.raises((asyncpg.ConnectionDoesNotExistError, ConnectionAbortedError)):
-            await connection.fetch("SELECT 1", timeout=5)
+            await connection.fetch("SELECT 1", timeout=30)
         assert connection.is_closed()
 
 
@@ -904,16 +888,11 @@ async def test_a_connection_that_was_watched_is_an_ordinary_one(cluster: Cluster
             with pytest.raises(TimeoutError):
                 await connection.execute("SELECT pg_sleep(60)", timeout=0.1)
             assert await connection.fetchval("SELECT 1") == 1
-            await connection.close(timeout=5)
+            await connection.close(timeout=30)
             assert connection.is_closed()
 
 
 # --- cut off ----------------------------------------------------------------------------------------------------------
-
-
-async def _limited(work: Callable[[], Awaitable[object]]) -> None:
-    async with asyncio.timeout(0.2):
-        await work()
 
 
 @pytest.mark.parametrize("stage", ["resolving", "connecting", "TLS", "signing in"])
@@ -926,45 +905,51 @@ async def test_connecting_that_is_cut_off_leaves_no_connection_and_no_secret(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    gone = asyncio.Event()
-    server = Rogue(tls=certificates.context() if stage != "TLS" else None)
+    reached, gone = asyncio.Event(), asyncio.Event()
 
     async def behave(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            if stage == "TLS":
-                await reader.read(8)
+            await reader.readexactly(8)
+            if stage != "connecting":
                 writer.write(b"S")
-                while await reader.read(1000):
-                    pass
-            else:
-                await server(reader, writer)
+            if stage == "signing in":
+                await writer.start_tls(certificates.context())
+            if stage != "connecting":
+                await reader.read(1)
+            reached.set()
+            while await reader.read(1000):
+                pass
         finally:
             gone.set()
 
     async def never(*_: Any, **__: Any) -> Any:
+        reached.set()
+        gone.set()
         await asyncio.Event().wait()
 
-    with black_hole() as silent, monkeypatch.context() as patched:
-        async with rogue(behave) as port:
+    with monkeypatch.context() as patched:
+        async with rogue(behave) as port, asyncio.timeout(60):
             if stage == "resolving":
                 patched.setattr(asyncio.get_running_loop(), "getaddrinfo", never)
-                gone.set()
-            if stage == "connecting":
-                gone.set()
-            text = f"postgresql://tenant:{CANARY}@localhost:{silent if stage == 'connecting' else port}/d"
+            text = f"postgresql://tenant:{CANARY}@localhost:{port}/d"
             text += f"?sslmode=verify-full&sslrootcert={certificates.authority}"
-            work = functools.partial(connect, text, "files", "internal-hosts", timeout=60)
+            limit = asyncio.timeout(None)
+
+            async def work() -> None:
+                async with limit:
+                    await connect(text, "files", "internal-hosts", timeout=60)
+
+            task = asyncio.ensure_future(work())
+            await reached.wait()
             if how == "timed out":
-                error = await failure_of(_limited(work))
+                limit.reschedule(asyncio.get_running_loop().time())
+                error = await failure_of(task)
                 assert isinstance(error, TimeoutError)
             else:
-                task = asyncio.ensure_future(work())
-                await asyncio.sleep(0.2)
                 task.cancel()
                 error = await failure_of(task)
                 assert isinstance(error, asyncio.CancelledError)
             assert list(leaks(error, CANARY)) == []
-            async with asyncio.timeout(5):
-                await gone.wait()
+            await gone.wait()
     gc.collect()
     assert CANARY not in caplog.text

@@ -4,6 +4,7 @@ import asyncio
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import text
@@ -43,14 +44,15 @@ from car_control_plane.errors import (
 from car_control_plane.migrations import upgrade
 from car_control_plane.models import Tenant, TenantDatabase, TenantEnvironment, uuid7
 from car_control_plane.repositories.keys import EncryptionKeyRepository, EncryptionKeyStore, KeyFinding
+from tests.fixtures.doors import on_both
 from tests.integration.test_tenant_repository import counting
 
 K1, K2, K3 = (Key.generate(f"k{number}") for number in (1, 2, 3))
 
 
 @pytest.fixture
-def keys(session: AsyncSession) -> EncryptionKeyRepository:
-    return EncryptionKeyRepository(session)
+def keys(where: Any) -> EncryptionKeyRepository:
+    return EncryptionKeyRepository(where)
 
 
 def outer_file(path: Path, *kids: str) -> Path:
@@ -156,6 +158,7 @@ async def test_a_key_is_recorded_once_and_recognised(keys: EncryptionKeyReposito
     assert row.provider == "environment"  # where it came from first
 
 
+@on_both
 async def test_another_key_of_the_same_name_is_refused(keys: EncryptionKeyRepository) -> None:
     await keys.confirm(K1, "environment")
     before = (await keys.get("k1")).model_dump()
@@ -167,6 +170,7 @@ async def test_another_key_of_the_same_name_is_refused(keys: EncryptionKeyReposi
     assert [row.model_dump() for row in await keys.list()] == [before]
 
 
+@on_both
 @pytest.mark.parametrize("name", ["", "n" * 64, "a\nb"])
 async def test_a_provider_has_a_name_that_can_be_stored(keys: EncryptionKeyRepository, name: str) -> None:
     with pytest.raises(InvalidDataError, match="provider"):
@@ -275,6 +279,7 @@ async def test_one_keys_trouble_does_not_hide_anothers(keys: EncryptionKeyReposi
     assert [finding.kid for finding in found] == sorted(finding.kid for finding in found)
 
 
+@on_both
 async def test_a_key_source_that_does_not_answer_ends_it(keys: EncryptionKeyRepository) -> None:
     class Down(StaticKeys):
         async def list(self) -> Sequence[KeyInfo]:
@@ -287,6 +292,7 @@ async def test_a_key_source_that_does_not_answer_ends_it(keys: EncryptionKeyRepo
 # --- keys that are kept here ------------------------------------------------------------------------------------------
 
 
+@on_both
 async def test_a_wrapped_key_is_kept_and_opened_again(keys: EncryptionKeyRepository, wrapper: LocalKeyWrapper) -> None:
     row = await keys.create(K1, wrapper)
     assert (row.kid, row.provider, row.kek_ref, row.state) == ("k1", "local", "outer-1", "pending")
@@ -310,6 +316,7 @@ async def test_a_key_that_was_kept_outside_is_taken_in(
     assert [each.kid for each in await keys.list()] == ["k1"]
 
 
+@on_both
 async def test_a_key_is_kept_once(keys: EncryptionKeyRepository, wrapper: LocalKeyWrapper) -> None:
     await keys.create(K1, wrapper)
     await keys.confirm(K2, "environment")
@@ -323,6 +330,7 @@ async def test_a_key_is_kept_once(keys: EncryptionKeyRepository, wrapper: LocalK
     assert [row.model_dump() | {"wrapped": row.wrapped} for row in await keys.list()] == before
 
 
+@on_both
 async def test_a_second_current_key_is_refused(keys: EncryptionKeyRepository, wrapper: LocalKeyWrapper) -> None:
     await keys.create(K1, wrapper, state="current")
     with pytest.raises(ConflictError, match="another encryption key is current"):
@@ -330,6 +338,7 @@ async def test_a_second_current_key_is_refused(keys: EncryptionKeyRepository, wr
     assert await states(keys) == {"k1": "current"}
 
 
+@on_both
 @pytest.mark.parametrize("state", ["destroyed", "lost", "", None])
 async def test_a_new_key_has_a_state_of_a_new_key(
     keys: EncryptionKeyRepository, wrapper: LocalKeyWrapper, state: str
@@ -347,6 +356,7 @@ class Forgetful(LocalKeyWrapper):
         return Key.generate(kid)
 
 
+@on_both
 async def test_a_key_that_does_not_come_back_is_not_kept(
     keys: EncryptionKeyRepository, wrapper: LocalKeyWrapper, tmp_path: Path
 ) -> None:
@@ -381,6 +391,7 @@ async def test_promoting_retires_the_former_key_in_one_statement(
     assert await states(keys) == {"k1": "current", "k2": "retired"}
 
 
+@on_both
 async def test_promoting_the_current_key_changes_nothing(
     keys: EncryptionKeyRepository, wrapper: LocalKeyWrapper
 ) -> None:
@@ -389,6 +400,7 @@ async def test_promoting_the_current_key_changes_nothing(
     assert (await keys.promote("k1")).model_dump() == before
 
 
+@on_both
 async def test_what_cannot_become_current_leaves_the_current_key_alone(
     keys: EncryptionKeyRepository, wrapper: LocalKeyWrapper
 ) -> None:
@@ -465,6 +477,7 @@ async def test_a_key_in_use_is_not_destroyed(
 # --- changing the outer key -------------------------------------------------------------------------------------------
 
 
+@on_both
 async def test_rewrapping_changes_the_outer_key_and_nothing_else(keys: EncryptionKeyRepository, tmp_path: Path) -> None:
     path = outer_file(tmp_path / "outer", "outer-1")
     wrapper = LocalKeyWrapper(path)
@@ -490,6 +503,7 @@ async def test_rewrapping_changes_the_outer_key_and_nothing_else(keys: Encryptio
         assert await wrapper.unwrap(key.kid, row.wrapped or "", "outer-2") == key
 
 
+@on_both
 async def test_rewrapping_is_all_or_nothing(keys: EncryptionKeyRepository, tmp_path: Path) -> None:
     first = outer_file(tmp_path / "outer", "outer-1")
     both = outer_file(tmp_path / "both", "outer-2")
@@ -503,6 +517,7 @@ async def test_rewrapping_is_all_or_nothing(keys: EncryptionKeyRepository, tmp_p
     assert {row.kid: row.wrapped for row in await keys.list()} == before
 
 
+@on_both
 @pytest.mark.parametrize("kid", ["outer-1", "outer-2"])
 async def test_a_wrong_outer_key_adds_no_key(keys: EncryptionKeyRepository, tmp_path: Path, kid: str) -> None:
     """Of the right name or of another: what it wraps nobody else could open."""
@@ -513,6 +528,7 @@ async def test_a_wrong_outer_key_adds_no_key(keys: EncryptionKeyRepository, tmp_
     assert [row.kid for row in await keys.list()] == ["k1"]
 
 
+@on_both
 async def test_a_key_that_cannot_be_opened_is_not_promoted(keys: EncryptionKeyRepository, tmp_path: Path) -> None:
     wrapper = LocalKeyWrapper(outer_file(tmp_path / "outer", "outer-1"))
     await keys.create(K1, wrapper, state="current")
@@ -523,6 +539,7 @@ async def test_a_key_that_cannot_be_opened_is_not_promoted(keys: EncryptionKeyRe
     assert str((await keys.promote("k2", keyring=keyring(K1, K2))).state) == "current"
 
 
+@on_both
 async def test_another_wrapper_takes_over(keys: EncryptionKeyRepository, tmp_path: Path) -> None:
     class Elsewhere(LocalKeyWrapper):
         name = "elsewhere"

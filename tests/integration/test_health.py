@@ -18,6 +18,7 @@ from car_control_plane.errors import (
 )
 from car_control_plane.migrations import downgrade, upgrade
 from car_control_plane.models import REVISIONS
+from tests.fixtures.pools import heard_of_their_end, idle_drivers
 from tests.fixtures.postgres import database_dsn
 from tests.fixtures.servers import CANARY, Cluster, black_hole, unused_port
 
@@ -189,14 +190,15 @@ async def test_a_pool_that_is_empty(own_database: str) -> None:
         assert await manager.health_check()
 
 
-async def test_a_connection_that_broke_costs_one_check(own_database: str) -> None:
+async def test_a_connection_that_broke_in_the_pool_costs_no_check(own_database: str) -> None:
     async with AsyncConnectionManager(own_database) as manager, AsyncConnectionManager(own_database) as other:
         async with manager.get_session() as session:
             pid = (await (await session.connection()).exec_driver_sql("SELECT pg_backend_pid()")).scalar()
-        await sql(other, f"SELECT pg_terminate_backend({pid}), pg_sleep(0.2)")
-        health = await manager.health_check()
-        assert type(health.error) is ConnectionUnavailableError
+        drivers = idle_drivers(manager)
+        await sql(other, f"SELECT pg_terminate_backend({pid})")
+        await heard_of_their_end(drivers)
         assert await manager.health_check()
+        assert (await manager.health_check()).pool.lost == 1
 
 
 # --- a database that answers with errors of its own -------------------------------------------------------------------
@@ -229,9 +231,9 @@ async def test_an_error_nobody_has_a_class_for_is_an_error_still(
 async def test_a_server_that_takes_too_long(own_database: str) -> None:
     async with AsyncConnectionManager(own_database) as manager:
         await replace_the_revision_by(manager, "PERFORM pg_sleep(30); RETURN 'x';")
-    async with AsyncConnectionManager(own_database, statement_timeout_seconds=0.1) as manager:
+    async with AsyncConnectionManager(own_database, statement_timeout_seconds=0.5) as manager:
         await unhealthy(manager, StatementTimeoutError)
-    settings = {"command_timeout_seconds": 0.2, "statement_timeout_seconds": 0}
+    settings = {"command_timeout_seconds": 0.5, "statement_timeout_seconds": 0}
     async with AsyncConnectionManager(own_database, **settings) as manager:
         await unhealthy(manager, ConnectionUnavailableError)
         assert manager.pool_status().in_use == 0

@@ -266,6 +266,7 @@ async def test_connecting_that_is_cut_off_shows_no_password(
 async def test_a_second_attempt_does_not_carry_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """`sslmode=allow` tries twice, and asyncpg hangs the first failure on the second: cut off there, both are gone."""
     connections_seen = 0
+    limit, again = asyncio.timeout(None), asyncio.Event()
 
     async def refuse_then_silence(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         nonlocal connections_seen
@@ -275,12 +276,20 @@ async def test_a_second_attempt_does_not_carry_the_first(monkeypatch: pytest.Mon
             writer.write(error_response("28000", "no encryption"))
             await writer.drain()
         else:
+            again.set()
             await reader.read()
+
+    async def limited(manager: AsyncConnectionManager) -> None:
+        async with limit:
+            await by_session(manager)
 
     async with rogue(refuse_then_silence) as port:
         monkeypatch.setenv("DATABASE_URL", f"postgresql://u:{CANARY}@127.0.0.1:{port}/d?sslmode=allow")
         async with AsyncConnectionManager(connect_timeout_seconds=60) as manager:
-            error = await failure_of(_limited(functools.partial(by_session, manager)))
+            connecting = asyncio.ensure_future(limited(manager))
+            await again.wait()
+            limit.reschedule(asyncio.get_running_loop().time())
+            error = await failure_of(connecting)
     assert connections_seen == 2
     assert isinstance(error, TimeoutError)
     assert list(leaks(error, CANARY)) == []

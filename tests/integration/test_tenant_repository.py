@@ -37,6 +37,7 @@ from car_control_plane.models import (
     uuid7,
 )
 from car_control_plane.repositories import TenantRepository, base, tenants as module
+from tests.fixtures.doors import on_both
 
 PRODUCTION, STAGING = TenantEnvironment.PRODUCTION, TenantEnvironment.STAGING
 
@@ -46,8 +47,8 @@ def new(name: str, **more: Any) -> TenantCreate:
 
 
 @pytest.fixture
-def tenants(session: AsyncSession) -> TenantRepository:
-    return TenantRepository(session)
+def tenants(where: Any) -> TenantRepository:
+    return TenantRepository(where)
 
 
 @contextmanager
@@ -75,6 +76,7 @@ async def fetch_all(session: AsyncSession) -> dict[str, Tenant]:
 # --- finding
 
 
+@on_both
 async def test_a_created_tenant_is_found_by_id_and_by_name(tenants: TenantRepository) -> None:
     made = await tenants.create(new("acme", labels={"tier": "gold"}, status_reason=None))
     assert (made.name, made.environment, made.status, made.labels) == (
@@ -85,17 +87,26 @@ async def test_a_created_tenant_is_found_by_id_and_by_name(tenants: TenantReposi
     )
     assert made.version > 0
     assert made.created_at == made.updated_at
-    assert await tenants.get(made.tenant_id) is made
-    assert await tenants.get_or_none(made.tenant_id) is made
-    assert await tenants.get_by_name("acme") is made
+    assert await tenants.get(made.tenant_id) == made
+    assert await tenants.get_or_none(made.tenant_id) == made
+    assert await tenants.get_by_name("acme") == made
     assert await tenants.exists(made.tenant_id)
 
 
+async def test_a_session_has_one_object_for_a_row(session: AsyncSession, tenants: TenantRepository) -> None:
+    made = await tenants.create(new("acme"))
+    assert await tenants.get(made.tenant_id) is made
+    assert await tenants.get_by_name("acme") is made
+    assert (await TenantRepository(session).get_many([made.tenant_id]))[made.tenant_id] is made
+
+
+@on_both
 async def test_an_id_may_be_given_as_text(tenants: TenantRepository) -> None:
     made = await tenants.create(new("acme"))
-    assert await tenants.get(str(made.tenant_id)) is made  # type: ignore[arg-type]  # what a web framework hands over
+    assert await tenants.get(str(made.tenant_id)) == made  # type: ignore[arg-type]  # what a web framework hands over
 
 
+@on_both
 async def test_absence_is_said_in_the_way_asked_for(tenants: TenantRepository) -> None:
     nobody = uuid7()
     assert await tenants.get_or_none(nobody) is None
@@ -108,12 +119,14 @@ async def test_absence_is_said_in_the_way_asked_for(tenants: TenantRepository) -
     assert caught.value.details == {"name": "nobody"}
 
 
+@on_both
 async def test_a_name_is_found_in_any_unicode_spelling(tenants: TenantRepository) -> None:
     made = await tenants.create(new("Caf\u0065\u0301"))
     assert made.name == "Caf\u00e9"
-    assert await tenants.get_by_name("Caf\u0065\u0301") is made
+    assert await tenants.get_by_name("Caf\u0065\u0301") == made
 
 
+@on_both
 async def test_get_many_returns_those_that_exist_by_id(tenants: TenantRepository) -> None:
     made = [await tenants.create(new(f"t{i}")) for i in range(3)]
     found = await tenants.get_many([made[2].tenant_id, uuid7(), made[0].tenant_id, made[0].tenant_id])
@@ -136,6 +149,7 @@ async def test_get_reads_an_expired_row_again(session: AsyncSession, tenants: Te
     assert (await tenants.get(key)).name == "acme"
 
 
+@on_both
 @pytest.mark.parametrize("value", ["no-uuid", "", 5, None, b"x"])
 async def test_what_is_no_id_is_refused(tenants: TenantRepository, value: Any) -> None:
     for verb in (tenants.get, tenants.get_or_none, tenants.exists, tenants.activate, tenants.delete):
@@ -155,6 +169,7 @@ async def test_what_no_name_can_be_is_refused_before_postgresql_sees_it(
 # --- listing
 
 
+@on_both
 async def test_pages_follow_each_other_without_gap_or_repetition(tenants: TenantRepository) -> None:
     await tenants.create_many(new(f"t{i:03}") for i in range(25))
     seen: list[uuid.UUID] = []
@@ -170,6 +185,7 @@ async def test_pages_follow_each_other_without_gap_or_repetition(tenants: Tenant
     assert len(seen) == len(set(seen)) == 26  # with system_admin
 
 
+@on_both
 async def test_the_last_page_has_no_cursor_even_when_full(tenants: TenantRepository) -> None:
     await tenants.create_many(new(f"t{i}") for i in range(9))
     page = await tenants.list(limit=10)
@@ -194,6 +210,7 @@ async def test_a_row_created_while_paging_comes_later_and_one_deleted_breaks_not
     assert len(first) + len(rest) == 8
 
 
+@on_both
 async def test_filters_narrow_and_combine(tenants: TenantRepository) -> None:
     await tenants.create_many(
         [
@@ -225,12 +242,14 @@ async def test_filters_narrow_and_combine(tenants: TenantRepository) -> None:
     assert await names(name_prefix="eu", labels={"tier": "gold"}, status="active", environment="production") == {"eu-1"}
 
 
+@on_both
 @pytest.mark.parametrize("prefix", ["%", "_", "\\", "a%", "\U0010ffff", "x\U0010ffff", "\ud7ff", "ß", "'"])
 async def test_a_prefix_is_taken_literally(tenants: TenantRepository, prefix: str) -> None:
     await tenants.create_many([new(f"{prefix}1"), new(f"{prefix}\U0010ffff"), new("other"), new("zz"), new("a")])
     assert {t.name for t in await tenants.list(name_prefix=prefix)} == {f"{prefix}1", f"{prefix}\U0010ffff"}
 
 
+@on_both
 @pytest.mark.parametrize(
     ("which", "says"),
     [
@@ -258,6 +277,7 @@ async def test_bad_listing_arguments_are_refused(tenants: TenantRepository, whic
         await tenants.list(**which)
 
 
+@on_both
 async def test_a_cut_or_changed_cursor_is_refused(tenants: TenantRepository) -> None:
     await tenants.create_many(new(f"t{i}") for i in range(3))
     cursor = (await tenants.list(limit=2)).next_cursor
@@ -267,6 +287,7 @@ async def test_a_cut_or_changed_cursor_is_refused(tenants: TenantRepository) -> 
             await tenants.list(after=bad)
 
 
+@on_both
 async def test_stream_crosses_page_borders(tenants: TenantRepository, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "STREAM_ROWS", 5)
     for total in (0, 1, 4, 5, 10):
@@ -283,6 +304,7 @@ async def test_create_is_one_statement(session: AsyncSession, tenants: TenantRep
     assert len(sent) == 1
 
 
+@on_both
 async def test_a_taken_name_or_id_is_refused_and_the_session_goes_on(tenants: TenantRepository) -> None:
     made = await tenants.create(new("acme"))
     with pytest.raises(AlreadyExistsError, match="the name 'acme'"):
@@ -292,6 +314,7 @@ async def test_a_taken_name_or_id_is_refused_and_the_session_goes_on(tenants: Te
     assert (await tenants.create(new("next"))).name == "next"
 
 
+@on_both
 async def test_create_takes_a_mapping_and_names_what_is_wrong_in_it(tenants: TenantRepository) -> None:
     made = await tenants.create({"name": "acme", "environment": "staging"})  # type: ignore[arg-type]  # mappings are taken
     assert made.environment is STAGING
@@ -317,6 +340,7 @@ async def test_create_many_creates_all_and_says_so(session: AsyncSession, tenant
     assert stored["a"].version != stored["b"].version
 
 
+@on_both
 async def test_create_many_reads_async_iterators_and_nothing(tenants: TenantRepository) -> None:
     async def source() -> AsyncIterator[TenantCreate]:
         for i in range(3):
@@ -327,6 +351,7 @@ async def test_create_many_reads_async_iterators_and_nothing(tenants: TenantRepo
     assert (await tenants.create_many([])).created == 0
 
 
+@on_both
 async def test_create_many_reports_exactly_what_it_skipped(
     tenants: TenantRepository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -355,6 +380,7 @@ async def test_create_many_reports_exactly_what_it_skipped(
     assert await tenants.count(name_prefix="n") == 3
 
 
+@on_both
 async def test_create_many_bounds_its_report(tenants: TenantRepository, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_CONFLICTS", 5)
     monkeypatch.setattr(module, "BATCH_ROWS", 4)
@@ -450,12 +476,14 @@ async def test_life_cycle(
         assert ((await fetch_all(session))["acme"].status, made.version) == (source, before)
 
 
+@on_both
 async def test_activation_clears_the_reason(tenants: TenantRepository) -> None:
     made = await in_status(tenants, TenantStatus.ACTIVE)
     assert (await tenants.suspend(made.tenant_id, reason="why")).status_reason == "why"
     assert (await tenants.activate(made.tenant_id)).status_reason is None
 
 
+@on_both
 @pytest.mark.parametrize("reason", ["x" * 1001, "line\nbreak", "\x00", 5])
 async def test_a_bad_reason_is_refused(tenants: TenantRepository, reason: Any) -> None:
     made = await in_status(tenants, TenantStatus.ACTIVE)
@@ -474,6 +502,7 @@ async def test_update_changes_what_is_given_and_nothing_else(session: AsyncSessi
     assert (changed.name, changed.environment, changed.labels) == ("acme-2", STAGING, {"b": "2"})
 
 
+@on_both
 async def test_an_empty_update_writes_nothing_but_checks(tenants: TenantRepository) -> None:
     made = await tenants.create(new("acme"))
     version = made.version
@@ -484,12 +513,14 @@ async def test_an_empty_update_writes_nothing_but_checks(tenants: TenantReposito
         await tenants.update(uuid7(), TenantUpdate())
 
 
+@on_both
 async def test_an_update_to_the_same_values_is_no_change(tenants: TenantRepository) -> None:
     made = await tenants.create(new("acme"))
     version = made.version
     assert (await tenants.rename(made.tenant_id, "acme")).version == version
 
 
+@on_both
 async def test_a_taken_name_is_refused_and_the_session_goes_on(tenants: TenantRepository) -> None:
     await tenants.create(new("taken"))
     made = await tenants.create(new("acme"))
@@ -498,6 +529,7 @@ async def test_a_taken_name_is_refused_and_the_session_goes_on(tenants: TenantRe
     assert (await tenants.rename(made.tenant_id, "free")).name == "free"
 
 
+@on_both
 @pytest.mark.parametrize("changes", [{"name": None}, {"name": ""}, {"status": "active"}, {"colour": "red"}, [], None])
 async def test_a_bad_update_is_refused(tenants: TenantRepository, changes: Any) -> None:
     made = await tenants.create(new("acme"))
@@ -527,6 +559,7 @@ async def test_every_change_minds_the_expected_version(session: AsyncSession, te
     await tenants.delete(key, expected_version=active.version)
 
 
+@on_both
 @pytest.mark.parametrize("version", [-1, True, "1", 1.0, 2**63])
 async def test_what_is_no_version_is_refused(tenants: TenantRepository, version: Any) -> None:
     made = await tenants.create(new("acme"))
@@ -534,6 +567,7 @@ async def test_what_is_no_version_is_refused(tenants: TenantRepository, version:
         await tenants.activate(made.tenant_id, expected_version=version)
 
 
+@on_both
 async def test_changing_nobody_is_not_found(tenants: TenantRepository) -> None:
     for change in (tenants.activate, tenants.suspend, tenants.deactivate, tenants.delete):
         with pytest.raises(TenantNotFoundError):
@@ -677,6 +711,7 @@ async def test_concurrent_renames_to_one_name_leave_one_winner(shared_manager: A
     assert sum(await asyncio.gather(*(rename(key) for key in keys))) == 1
 
 
+@on_both
 async def test_refusals_are_ours_and_carry_no_driver_error(tenants: TenantRepository) -> None:
     made = await in_status(tenants, TenantStatus.ACTIVE)
     refusals: list[Callable[[], Awaitable[Tenant]]] = [

@@ -21,7 +21,14 @@ from tests.fixtures.two_services import billing, crm
 TABLES = {
     "public": {"tenants", "invoices"},
     "crm": {"tenants", "contacts"},
-    "control_plane": {"tenants", "tenant_databases", "system_config", "change_log", "encryption_keys"},
+    "control_plane": {
+        "tenants",
+        "tenant_databases",
+        "system_config",
+        "change_log",
+        "encryption_keys",
+        "completed_operations",
+    },
 }
 
 

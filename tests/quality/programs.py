@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-_RUN_SECONDS = 120
+_RUN_SECONDS = 240
 _OURS = ("CAR_CONTROL_PLANE_", "DATABASE_URL", "PG")
 
 
-async def run_python(*arguments: str | Path, cwd: Path, **environment: str) -> str:
-    """Return what the program printed, both streams together; fail with it when the program does."""
+async def run_python(*arguments: str | Path, cwd: Path, given: bytes = b"", **environment: str) -> str:
+    """Return what the program printed, both streams together, with `given` as its input; fail with it when the program does."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-W", "error", *arguments),
         cwd=cwd,
@@ -21,11 +21,12 @@ async def run_python(*arguments: str | Path, cwd: Path, **environment: str) -> s
             "PYTHONPATH": str(ROOT),
             **environment,
         },
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
     try:
-        output, _ = await asyncio.wait_for(process.communicate(), _RUN_SECONDS)
+        output, _ = await asyncio.wait_for(process.communicate(given), _RUN_SECONDS)
     except TimeoutError:
         process.kill()
         output, _ = await process.communicate()

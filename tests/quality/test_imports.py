@@ -9,7 +9,18 @@ import pytest
 
 from tests.quality.programs import ROOT
 
-HEAVY = {"alembic", "asyncpg", "cryptography", "pydantic", "pytest", "rich", "sqlalchemy", "sqlmodel", "typer"}
+HEAVY = {
+    "alembic",
+    "asyncpg",
+    "cryptography",
+    "opentelemetry",
+    "pydantic",
+    "pytest",
+    "rich",
+    "sqlalchemy",
+    "sqlmodel",
+    "typer",
+}
 
 
 def loaded_after(code: str) -> set[str]:

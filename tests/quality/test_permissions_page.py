@@ -2,6 +2,7 @@
 
 import re
 import secrets
+import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import asyncpg
 import pytest
 import sqlalchemy
 from sqlalchemy import inspect
+from sqlmodel.ext.asyncio.session import AsyncSession
 
 from car_control_plane import dsn as dsns
 from car_control_plane.connection import AsyncConnectionManager
@@ -83,8 +85,17 @@ async def test_the_working_role_can_do_what_the_library_does(roles: Roles) -> No
             await keys.confirm(KEY, "environment")
             assert await keys.verify(Keyring(StaticKeys(f"{KEY.kid}:{KEY.to_base64()}"))) == []
             assert await keys.usage() == {}
-        async with manager.get_read_session() as session:
-            assert len(await TenantRepository(session).list()) == 2
+        async with manager.get_read_session() as reading:
+            assert len(await TenantRepository(reading).list()) == 2
+        assert len(await TenantRepository(manager).list()) == 2
+
+        async def unit(session: AsyncSession) -> int:
+            return await TenantRepository(session).count()
+
+        operation_id = uuid.uuid4()
+        for _ in range(2):
+            assert await manager.run(unit, operation_id=operation_id) == 2
+        assert await manager.prune_operations(older_than_seconds=1e-6) == 1
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,15 @@ PUBLIC = {
     *("Tenant", "TenantBase", "TenantCreate", "TenantPublic", "TenantUpdate", "TenantEnvironment", "TenantStatus"),
     *("TenantDatabase", "TenantDatabaseCreate", "TenantDatabasePublic", "TenantDatabaseUpdate", "TenantDatabaseStatus"),
     *("SystemConfig", "SystemConfigCreate", "SystemConfigPublic", "SystemConfigUpdate"),
-    *("ChangeLogEntry", "ChangeLogEntryPublic", "ChangeOperation", "SYSTEM_ADMIN_ID", "metadata", "uuid7"),
+    *(
+        "ChangeLogEntry",
+        "ChangeLogEntryPublic",
+        "ChangeOperation",
+        "CompletedOperation",
+        "SYSTEM_ADMIN_ID",
+        "metadata",
+        "uuid7",
+    ),
     *("TenantRepository", "TenantFilter", "SystemConfigRepository", "Page", "Conflict", "CreateManyResult"),
     *(
         "Keyring",

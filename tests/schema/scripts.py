@@ -5,7 +5,7 @@ from pathlib import Path
 from textwrap import dedent, indent
 
 ROOT = Path(__file__).resolve().parents[2]
-HEAD = "003_sealed_connection_strings"
+HEAD = "004_completed_operations"
 
 _REVISION = """\
 import sqlalchemy as sa

@@ -172,7 +172,7 @@ async def test_four_processes_at_once_with_a_concurrent_index(alembic: Alembic, 
     """Whoever waited inside a transaction would keep the index waiting, and the other way round."""
     add_revision(
         alembic.scripts,
-        "004_index",
+        "005_index",
         """
         with op.get_context().autocommit_block():
             op.create_index("extra", "tenants", ["updated_at"], schema="control_plane", postgresql_concurrently=True)
@@ -227,17 +227,17 @@ async def test_permission_denied(alembic: Alembic, role: str, empty_database: st
 
 
 async def test_a_migration_that_fails(alembic: Alembic, own_database: str) -> None:
-    add_revision(alembic.scripts, "004_fails", 'op.execute("SELECT 1 / 0")')
-    assert failure(await alembic("upgrade", "head", url=own_database)).startswith("004_fails failed: ")
+    add_revision(alembic.scripts, "005_fails", 'op.execute("SELECT 1 / 0")')
+    assert failure(await alembic("upgrade", "head", url=own_database)).startswith("005_fails failed: ")
 
 
 async def test_a_database_ahead_of_the_code_and_the_way_out(alembic: Alembic, own_database: str) -> None:
-    add_revision(alembic.scripts, "004_future", "pass")
+    add_revision(alembic.scripts, "005_future", "pass")
     await alembic("upgrade", "head", url=own_database)
-    (alembic.scripts / "versions" / "004_future.py").unlink()
+    (alembic.scripts / "versions" / "005_future.py").unlink()
     for command in (["upgrade", "head"], ["current"], ["check"]):
         line = failure(await alembic(*command, url=own_database))
-        assert line.startswith("the database is at revision '004_future', which this version of the library, with head")
+        assert line.startswith("the database is at revision '005_future', which this version of the library, with head")
     assert (await alembic("stamp", "--purge", "head", url=own_database)).code == 0
     assert await current(own_database) == HEAD
 
@@ -277,9 +277,9 @@ async def test_sql_without_a_database(alembic: Alembic, empty_database: str, url
 async def test_a_revision_when_nothing_changed_is_empty(alembic: Alembic, own_database: str) -> None:
     before = alembic.revisions
     assert (await alembic("revision", "--autogenerate", "-m", "Nothing new!", url=own_database)).code == 0
-    assert alembic.revisions - before == {"004_nothing_new"}
-    text = alembic.read("004_nothing_new")
-    assert "revision: str = '004_nothing_new'" in text
+    assert alembic.revisions - before == {"005_nothing_new"}
+    text = alembic.read("005_nothing_new")
+    assert "revision: str = '005_nothing_new'" in text
     assert f"down_revision: str | None = '{HEAD}'" in text
     assert text.count("pass") == 2
     assert "op." not in text
@@ -311,7 +311,7 @@ class Note(Model, table=True):
 tenants = metadata.tables["control_plane.tenants"]
 tenants.append_column(sa.Column("nickname", sa.String(40)))
 tenants.append_column(sa.Column("paint", enum_type(Colour, "colour")))
-statuses = tenants.c.status.type
+statuses = tenants.c.status.type.enum
 statuses.enums = [*statuses.enums, "frozen"]
 """
 
@@ -325,7 +325,7 @@ async def test_a_revision_for_changed_models_is_right_and_imports_none_of_them(
     # In processes of their own, for the models of this one are not to be changed.
     written = await alembic.process("revision", "--autogenerate", "-m", "add notes", url=own_database)
     assert written.code == 0, written.err
-    text = alembic.read("004_add_notes")
+    text = alembic.read("005_add_notes")
     imports = {line for line in text.splitlines() if line.startswith(("import ", "from "))}
     assert imports == {
         "import sqlalchemy as sa",
@@ -349,11 +349,11 @@ async def test_a_revision_for_changed_models_is_right_and_imports_none_of_them(
 @pytest.mark.parametrize(
     ("options", "name"),
     [
-        (["-m", "add x"], "004_add_x"),
+        (["-m", "add x"], "005_add_x"),
         (["-m", "add x", "--rev-id", "007"], "007_add_x"),
         (["-m", "add x", "--rev-id", "hotfix_1"], "hotfix_1"),
-        ([], "004"),
-        (["-m", "a very long message that does not fit"], "004_a_very_long_message_that"),
+        ([], "005"),
+        (["-m", "a very long message that does not fit"], "005_a_very_long_message_that"),
     ],
 )
 async def test_how_a_revision_is_called(alembic: Alembic, options: list[str], name: str) -> None:

@@ -29,6 +29,7 @@ from car_control_plane.errors import (
     ConnectionUnavailableError,
     ControlPlaneError,
     DecryptionError,
+    DirectConnectionRequiredError,
     EncryptionError,
     FleetMigrationError,
     InvalidDataError,
@@ -37,6 +38,7 @@ from car_control_plane.errors import (
     MigrationError,
     MissingExtraError,
     NotFoundError,
+    OutcomeUnknownError,
     PermissionDeniedError,
     PoolTimeoutError,
     ProtectedError,
@@ -51,6 +53,8 @@ from car_control_plane.errors import (
     TenantNotFoundError,
     TenantUnavailableError,
     UnknownKeyError,
+    WrongEventLoopError,
+    refusal,
     translate,
 )
 
@@ -60,6 +64,7 @@ CANARY = "c4n4ry-s3cr3t"
 TREE: dict[type[ControlPlaneError], tuple[type[Exception], type[Exception] | None, str, int, bool]] = {
     ControlPlaneError: (Exception, None, "control-plane", 500, False),
     ConfigurationError: (ControlPlaneError, ValueError, "configuration", 500, False),
+    DirectConnectionRequiredError: (ConfigurationError, None, "direct-connection-required", 500, False),
     MissingExtraError: (ControlPlaneError, ImportError, "missing-extra", 500, False),
     ConnectionUnavailableError: (ControlPlaneError, None, "connection-unavailable", 503, True),
     PoolTimeoutError: (ConnectionUnavailableError, TimeoutError, "pool-timeout", 503, True),
@@ -84,6 +89,8 @@ TREE: dict[type[ControlPlaneError], tuple[type[Exception], type[Exception] | Non
     TenantUnavailableError: (AccessDeniedError, None, "tenant-unavailable", 403, False),
     EncryptionError: (ControlPlaneError, None, "encryption", 500, False),
     KeyUnavailableError: (EncryptionError, None, "key-unavailable", 503, True),
+    OutcomeUnknownError: (ControlPlaneError, None, "outcome-unknown", 504, True),
+    WrongEventLoopError: (ControlPlaneError, RuntimeError, "wrong-event-loop", 500, False),
     UnknownKeyError: (EncryptionError, None, "unknown-key", 500, False),
     DecryptionError: (EncryptionError, None, "decryption", 500, False),
     ProvisioningError: (ControlPlaneError, None, "provisioning", 500, False),
@@ -516,28 +523,14 @@ def test_an_error_of_ours_comes_back_as_it_is() -> None:
     assert translate(error, io=True) is error
 
 
-def test_the_sqlstate_is_looked_for_in_the_cause_too() -> None:
-    outer = RuntimeError("lost in the middle")
-    outer.__cause__ = driver_error("57P01")
-    assert type(translate(outer)) is ConnectionUnavailableError
-
-
-def test_the_constraint_is_found_under_one_more_layer() -> None:
-    outer = RuntimeError("from the caller's own layer")
-    outer.__cause__ = through_sqlalchemy(driver_error("23505", constraint="uq_tenants_name"))
-    error = translate(outer)
-    assert error is not None
-    assert error.message == "a tenant with this name exists already"
-
-
-def test_a_cause_far_below_is_another_story() -> None:
-    """SQLAlchemy's error, the adapter's, asyncpg's and its cause: what lies deeper was handled by somebody else."""
-    error: Exception = driver_error("23505")
-    for _ in range(4):
-        outer = RuntimeError("around")
-        outer.__cause__ = error
-        error = outer
-    assert translate(error) is None
+@pytest.mark.parametrize("sqlstate", ["57P01", "23505", "40001"])
+def test_somebody_elses_error_stays_his_whatever_it_was_raised_from(sqlstate: str) -> None:
+    for cause in (driver_error(sqlstate), through_sqlalchemy(driver_error(sqlstate, constraint="uq_tenants_name"))):
+        outer = RuntimeError("from the caller's own layer")
+        outer.__cause__ = cause
+        assert translate(cause) is not None
+        assert translate(outer) is None
+        assert translate(outer, io=True) is None
 
 
 class MisleadingError(Exception):
@@ -554,9 +547,7 @@ def test_attributes_of_another_kind_are_not_believed() -> None:
     assert translate(MisleadingError()) is None
     outer = MisleadingError()
     outer.sqlstate = "23503"  # type: ignore[assignment]  # the point of the test
-    error = translate(outer)
-    assert type(error) is ConflictError
-    assert error.details == {"sqlstate": "23503"}
+    assert translate(outer) is None
 
 
 # --- translate: errors without an SQLSTATE ----------------------------------------------------------------------------
@@ -617,3 +608,20 @@ def test_a_bare_system_error_means_the_connection_only_where_nothing_else_can_fa
 def test_an_error_of_somebody_else_is_left_alone(error: BaseException) -> None:
     assert translate(error) is None
     assert translate(error, io=True) is None
+
+
+# --- refusal ----------------------------------------------------------------------------------------------------------
+
+
+def test_whatever_the_server_refuses_a_statement_of_ours_is_an_error_of_ours() -> None:
+    for error in (driver_error("0A000"), through_sqlalchemy(driver_error("0A000"))):
+        assert translate(error, io=True) is None
+        refused = refusal(error)
+        assert refused is not None
+        assert (type(refused), refused.details) == (ControlPlaneError, {"sqlstate": "0A000"})
+
+
+def test_a_refusal_of_somebody_elses_or_after_another_one_is_none() -> None:
+    assert refusal(RuntimeError("not the database's")) is None
+    assert refusal(driver_error("25P02")) is None
+    assert type(refusal(driver_error("23505"))) is AlreadyExistsError

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import sqlmodel._compat
 from pydantic import MISSING, BaseModel, TypeAdapter, ValidationError
-from sqlalchemy import DateTime, Enum, MetaData, inspect
+from sqlalchemy import DateTime, MetaData, inspect
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.orm import configure_mappers, make_transient_to_detached, registry
 from sqlalchemy.schema import CreateColumn
@@ -33,6 +33,7 @@ from car_control_plane.models import (
     ChangeLogEntry,
     ChangeLogEntryPublic,
     ChangeOperation,
+    CompletedOperation,
     EncryptionKey,
     EncryptionKeyPublic,
     Model,
@@ -56,6 +57,7 @@ from car_control_plane.models import (
     sources_of,
     uuid7,
 )
+from car_control_plane.models.base import native_enums
 from car_control_plane.models.databases import SealedText
 
 CANARY = "c4n4ry-s3cr3t"
@@ -805,12 +807,7 @@ def test_enums_store_their_values_in_our_schema() -> None:
         "tenant_database_status": [*TenantDatabaseStatus],
         "encryption_key_state": [*KeyState],
     }
-    found = {
-        str(column.type.name): column.type
-        for table in metadata.tables.values()
-        for column in table.columns
-        if isinstance(column.type, Enum)
-    }
+    found = native_enums(metadata.tables.values())
     assert found.keys() == types.keys()
     for name, kind in found.items():
         assert kind.enums == [member.value for member in types[name]]
@@ -829,7 +826,7 @@ def test_every_time_has_a_time_zone() -> None:
     times = [
         c for t in metadata.tables.values() for c in t.columns if isinstance(c.type, DateTime) or c.name.endswith("_at")
     ]
-    assert len(times) == 9
+    assert len(times) == 10
     for column in times:
         assert str(column.type.compile(POSTGRESQL)) == "TIMESTAMP WITH TIME ZONE"
 
@@ -837,6 +834,7 @@ def test_every_time_has_a_time_zone() -> None:
 def test_constraints_and_indexes_have_the_seeds_names() -> None:
     assert {table.key: sorted(str(c.name) for c in table.constraints) for table in metadata.sorted_tables} == {
         "control_plane.change_log": ["ck_change_log_operation", "pk_change_log"],
+        "control_plane.completed_operations": ["pk_completed_operations"],
         "control_plane.encryption_keys": [
             "ck_encryption_keys_check_value",
             "ck_encryption_keys_kid",
@@ -887,7 +885,7 @@ def test_a_versioned_table_brings_what_the_server_wrote_back(table: type[Model])
 def test_the_tables_stand_apart_from_sqlmodels() -> None:
     assert Tenant.metadata is metadata
     assert not [key for key in SQLModel.metadata.tables if key.startswith(f"{SCHEMA}.")]
-    assert {mapper.class_ for mapper in Model._sa_registry.mappers} == set(TABLES)
+    assert {mapper.class_ for mapper in Model._sa_registry.mappers} == {*TABLES, CompletedOperation}
 
 
 # --- why the base is built as it is: SQLModel's own behaviour, so that a change of it is seen ---------------------------

@@ -52,11 +52,18 @@ def url() -> str:
 def test_the_defaults_are_the_documented_ones() -> None:
     assert load_settings().model_dump() == {
         "database_url": None,
+        "direct_database_url": None,
+        "pooler": "detect",
         "application_name": "car-control-plane",
         "pool_size": 5,
         "max_overflow": 5,
         "pool_timeout_seconds": 5.0,
         "pool_recycle_seconds": 1800.0,
+        "pool_ping_after_seconds": 0.5,
+        "pool_ping_timeout_seconds": 1.0,
+        "read_retry_seconds": 5.0,
+        "unit_deadline_seconds": 30.0,
+        "operation_retention_seconds": 604_800.0,
         "connect_timeout_seconds": 3.0,
         "command_timeout_seconds": 12.0,
         "statement_timeout_seconds": 10.0,
@@ -76,7 +83,12 @@ def test_the_defaults_are_the_documented_ones() -> None:
     }
 
 
-_WORDS = {"encryption_key_wrapper": "local", "tenant_connections_allow": "sockets"}
+_WORDS = {
+    "encryption_key_wrapper": "local",
+    "operation_retention_seconds": "7000",
+    "pooler": "none",
+    "tenant_connections_allow": "sockets",
+}
 
 
 @pytest.mark.parametrize("name", [name for name in ControlPlaneSettings.model_fields if name != "database_url"])
@@ -85,7 +97,7 @@ def test_every_setting_is_read_from_its_variable(name: str, monkeypatch: pytest.
     value = getattr(load_settings(), name)
     if isinstance(value, SecretStr):
         value = value.get_secret_value()
-    assert str(value) in {"7", "7.0", "local", "frozenset({'sockets'})"}
+    assert str(value) in {"7", "7.0", "7000.0", "none", "local", "frozenset({'sockets'})"}
 
 
 def test_a_setting_without_the_prefix_belongs_to_another_program(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +203,10 @@ BAD = [
     *((name, value) for name in ("max_overflow",) for value in ("", "-1", "1001", "1.5", CANARY)),
     *(
         (name, value)
-        for name in ("pool_timeout_seconds", "connect_timeout_seconds")
+        for name in (
+            *("pool_timeout_seconds", "connect_timeout_seconds", "pool_ping_timeout_seconds"),
+            "unit_deadline_seconds",
+        )
         for value in ("", "0", "-1", "3601", "nan", "inf", "5s", CANARY)
     ),
     *(
@@ -204,15 +219,19 @@ BAD = [
         for name in ("statement_timeout_seconds", "lock_timeout_seconds", "idle_in_transaction_timeout_seconds")
         for value in ("", "-0.001", "nan", "inf", str(LIMIT + 1), CANARY)
     ),
+    *(("read_retry_seconds", value) for value in ("", "-1", "nan", "3601", CANARY)),
+    *(("pool_ping_after_seconds", value) for value in ("", "-1", "nan", CANARY)),
+    *(("operation_retention_seconds", value) for value in ("", "3599", "nan", CANARY)),
     *(("encryption_cache_seconds", value) for value in ("", "0", "nan", "86401", CANARY)),
     *(("encryption_outage_seconds", value) for value in ("", "-1", "nan", "604801", CANARY)),
+    *(("pooler", value) for value in ("", "session", CANARY)),
     *(("encryption_key_wrapper", value) for value in ("", "vault", CANARY)),
     *(("tenant_connections_allow", value) for value in ("everything", "sockets;files", '["sockets"]', CANARY)),
 ]
 
 # Any text will do: what it leads to is looked at by who uses it.
 FREE = {
-    *("database_url", "encryption_keys", "encryption_key_file", "encryption_outer_key_file"),
+    *("database_url", "direct_database_url", "encryption_keys", "encryption_key_file", "encryption_outer_key_file"),
     *("encryption_kms_key_id", "encryption_vault_key", "encryption_vault_mount"),
 }
 
